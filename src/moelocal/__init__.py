@@ -1,0 +1,1 @@
+"""Quantized mixture-of-experts language models on your own Mac."""
