@@ -1,0 +1,1 @@
+"""Checkpoints on disk: files and headers (`files`), names of every known layout (`names`), typed access (`scope`)."""

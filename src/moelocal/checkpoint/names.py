@@ -1,0 +1,266 @@
+"""Names and layouts of every known checkpoint, brought to one: that of mlx-lm, without its prefix.
+
+| known form                                   | here                                                             |
+|----------------------------------------------|------------------------------------------------------------------|
+| `model.language_model.`, `language_model.model.`, `model.` | no prefix: `embed_tokens`, `layers.L.…`, `norm`    |
+| `language_model.lm_head`, `lm_head`          | `lm_head`                                                        |
+| `mlp.experts.gate_up_proj` [E, 2I, H]        | `mlp.switch_mlp.gate_proj.weight`, `up_proj.weight` (first, second half of the rows) |
+| `mlp.experts.E.gate_proj.…` one by one       | `mlp.switch_mlp.gate_proj.…` stacked [E, …]                       |
+| `linear_attn.in_proj_qkvz`, `in_proj_ba` of qwen3_next, interleaved per key head | `in_proj_qkv`, `in_proj_z`, `in_proj_b`, `in_proj_a` |
+| `conv1d.weight` [C, 1, W]                    | [C, W, 1]; it alone marks a raw checkpoint, whose norms then get + 1 |
+| `model.visual.…`, `vision_tower.…`, `mtp.…`  | left out, counted by kind                                        |
+
+Nothing is read here: each tensor is a `Source`, with a function that makes the (lazy) array when it is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import mlx.core as mx
+
+from moelocal.checkpoint.files import Entry
+from moelocal.config import DeltaNetSpec, ModelConfig
+from moelocal.errors import CheckpointError
+
+_PREFIXES: Final = ("model.language_model.", "language_model.model.", "language_model.", "model.")
+_VISION: Final = (
+    "model.visual.",
+    "visual.",
+    "vision_tower.",
+    "model.vision_tower.",
+    "language_model.visual.",
+)
+_NORMS: Final = (
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+    "q_norm.weight",
+    "k_norm.weight",
+)
+_DTYPES: Final = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
+_EXPERT: Final = re.compile(r"(layers\.\d+\.mlp)\.experts\.(\d+)\.((?:gate|up|down)_proj\.\w+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One tensor in our layout: shape and dtype known from the headers, `read` makes the lazy array.
+
+    `stored` are the names in the files that it is made of.
+    """
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    stored: tuple[str, ...]
+    read: Callable[[], mx.array]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The text tensors by our names, and the names that were left out, by kind ("vision", "mtp", "other")."""
+
+    sources: Mapping[str, Source]
+    skipped: Mapping[str, tuple[str, ...]]
+
+
+def bare(name: str) -> str:
+    """A tensor name or module path without the prefix that its layout gives the text model."""
+    for prefix in _PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+def kind_of(name: str) -> str:
+    """ "text", "vision" or "mtp", from a stored name."""
+    if name.startswith(_VISION):
+        return "vision"
+    return "mtp" if bare(name).startswith("mtp.") else "text"
+
+
+def layout(entries: Mapping[str, Entry], config: ModelConfig) -> Layout:
+    """Bring the tensors of a folder to our names and shapes. Raises `CheckpointError`."""
+    reader = _Reader()
+    sources: dict[str, Source] = {}
+    skipped: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        kind = kind_of(name)
+        if name.endswith("rotary_emb.inv_freq") or (config.tied and bare(name) == "lm_head.weight"):
+            kind = "other"  # recomputed, or a copy of the embedding
+        if kind != "text":
+            skipped.setdefault(kind, []).append(name)
+            continue
+        ours = bare(name)
+        if ours in sources:
+            raise CheckpointError(f"{entry.file}: {name} and {sources[ours].stored[0]} are the same tensor")
+        sources[ours] = reader.source(entry)
+    sources = _stack_experts(sources)
+    sources = _split_fused_experts(sources)
+    sources = _split_interleaved(sources, config)
+    sources = _convert_raw(sources, config)
+    return Layout(sources, {kind: tuple(names) for kind, names in skipped.items()})
+
+
+class _Reader:
+    """Opens each file once; arrays stay lazy until evaluated."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, dict[str, mx.array]] = {}
+
+    def source(self, entry: Entry) -> Source:
+        if entry.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{entry.file}: {entry.name}: dtype {entry.dtype} is not supported; use the original checkpoint"
+            )
+        return Source(entry.shape, _DTYPES[entry.dtype], (entry.name,), lambda: self._array(entry))
+
+    def _array(self, entry: Entry) -> mx.array:
+        if entry.file not in self._files:
+            try:
+                loaded = mx.load(str(entry.file))
+            except (RuntimeError, ValueError) as error:
+                raise CheckpointError(f"{entry.file}: {error}") from None
+            assert isinstance(loaded, dict)
+            self._files[entry.file] = loaded
+        # popped, so that the array is freed as soon as its user has made something else of it
+        return self._files[entry.file].pop(entry.name)
+
+
+def _part(
+    source: Source, shape: tuple[int, ...], cut: Callable[[mx.array], mx.array], array: _Once
+) -> Source:
+    return replace(source, shape=shape, read=lambda: cut(array()))
+
+
+class _Once:
+    """Several tensors are cut from one stored tensor: read it for the first, forget it after the last."""
+
+    def __init__(self, source: Source, uses: int) -> None:
+        self._source, self._uses, self._array = source, uses, None
+
+    def __call__(self) -> mx.array:
+        array = self._source.read() if self._array is None else self._array
+        self._uses -= 1
+        self._array = array if self._uses else None
+        return array
+
+    _array: mx.array | None
+
+
+def _stack_experts(sources: dict[str, Source]) -> dict[str, Source]:
+    """`experts.0.gate_proj.weight`, `experts.1.…` -> one `switch_mlp.gate_proj.weight` [E, …]."""
+    stacks: dict[str, dict[int, Source]] = {}
+    result: dict[str, Source] = {}
+    for name, source in sources.items():
+        if match := _EXPERT.fullmatch(name):
+            stacks.setdefault(f"{match[1]}.switch_mlp.{match[3]}", {})[int(match[2])] = source
+        else:
+            result[name] = source
+    for name, parts in stacks.items():
+        missing = sorted(set(range(len(parts))) - set(parts))
+        if missing:
+            raise CheckpointError(f"{name}: expert {missing[0]} is missing")
+        ordered = [parts[e] for e in range(len(parts))]
+        first = ordered[0]
+        for expert, part in enumerate(ordered):
+            if (part.shape, part.dtype) != (first.shape, first.dtype):
+                raise CheckpointError(
+                    f"{part.stored[0]}: expected {list(first.shape)} as expert 0, got {list(part.shape)} (expert {expert})"
+                )
+        result[name] = Source(
+            (len(ordered), *first.shape),
+            first.dtype,
+            tuple(p.stored[0] for p in ordered),
+            lambda ordered=ordered: mx.stack([p.read() for p in ordered]),  # type: ignore[misc]
+        )
+    return result
+
+
+def _split_fused_experts(sources: dict[str, Source]) -> dict[str, Source]:
+    """`experts.gate_up_proj` [E, 2I, H] and `experts.down_proj` -> the three matrices of `switch_mlp`."""
+    result = dict(sources)
+    for name, source in sources.items():
+        stem, _, leaf = name.rpartition(".experts.")
+        leaf = leaf.removesuffix(".weight")
+        if not stem or leaf not in ("gate_up_proj", "down_proj"):
+            continue
+        del result[name]
+        if leaf == "down_proj":
+            result[f"{stem}.switch_mlp.down_proj.weight"] = source
+            continue
+        if len(source.shape) != 3 or source.shape[1] % 2:
+            raise CheckpointError(
+                f"{source.stored[0]}: expected [experts, 2 x width, hidden], got {list(source.shape)}"
+            )
+        experts, rows, cols = source.shape
+        once = _Once(source, 2)
+        half = (experts, rows // 2, cols)
+        result[f"{stem}.switch_mlp.gate_proj.weight"] = _part(
+            source, half, lambda a: a[:, : a.shape[1] // 2], once
+        )
+        result[f"{stem}.switch_mlp.up_proj.weight"] = _part(
+            source, half, lambda a: a[:, a.shape[1] // 2 :], once
+        )
+    return result
+
+
+def _split_interleaved(sources: dict[str, Source], config: ModelConfig) -> dict[str, Source]:
+    """qwen3_next: rows of `in_proj_qkvz` are, per key head, [q Dk | k Dk | v r·Dv | z r·Dv]; of `in_proj_ba` [b r | a r].
+
+    Packed codes and scales are permuted alike, since packing runs along columns.
+    """
+    result = dict(sources)
+    for name, source in sources.items():
+        match = re.fullmatch(r"layers\.(\d+)\.linear_attn\.(in_proj_qkvz|in_proj_ba)\.(\w+)", name)
+        if not match or int(match[1]) >= len(config.layers):
+            continue
+        spec = config.layers[int(match[1])].mixer
+        if not isinstance(spec, DeltaNetSpec):
+            continue
+        del result[name]
+        ratio = spec.value_heads // spec.key_heads
+        values = ratio * spec.value_dim
+        widths = [("qkv", spec.key_dim), ("qkv", spec.key_dim), ("qkv", values), ("z", values)]
+        if match[2] == "in_proj_ba":
+            widths = [("b", ratio), ("a", ratio)]
+        period = sum(width for _, width in widths)
+        if len(source.shape) != 2 or source.shape[0] != period * spec.key_heads:
+            raise CheckpointError(
+                f"{source.stored[0]}: expected {period * spec.key_heads} rows, got {list(source.shape)}"
+            )
+        rows: dict[str, list[int]] = {}
+        start = 0
+        for target, width in widths:
+            # all key heads of one part, then all of the next: q of every head, then k of every head, ...
+            heads = [h * period + start + i for h in range(spec.key_heads) for i in range(width)]
+            rows.setdefault(target, []).extend(heads)
+            start += width
+        once = _Once(source, len(rows))
+        for target, index in rows.items():
+            cut = lambda a, index=index: a[mx.array(index)]  # noqa: E731
+            result[f"layers.{match[1]}.linear_attn.in_proj_{target}.{match[3]}"] = _part(
+                source, (len(index), source.shape[1]), cut, once
+            )
+    return result
+
+
+def _convert_raw(sources: dict[str, Source], config: ModelConfig) -> dict[str, Source]:
+    """Raw convolutions [C, 1, W] -> [C, W, 1]; where one is raw, stored norm weights w mean 1 + w (float32)."""
+    result = dict(sources)
+    raw = False
+    for name, source in sources.items():
+        if name.endswith("linear_attn.conv1d.weight") and len(source.shape) == 3 and source.shape[1] == 1:
+            channels, _, width = source.shape
+            raw = raw or width != 1
+            result[name] = replace(
+                source, shape=(channels, width, 1), read=lambda s=source: mx.swapaxes(s.read(), 1, 2)
+            )
+    for name, source in sources.items():
+        if raw and config.raw_norm_offset and (name.endswith(_NORMS) or name == "norm.weight"):
+            result[name] = replace(
+                source, dtype=mx.float32, read=lambda s=source: s.read().astype(mx.float32) + 1.0
+            )
+    return result
