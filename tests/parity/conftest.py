@@ -1,0 +1,24 @@
+"""Fixtures of the parity tests: a checkpoint folder per recipe, the original implementations on it, each made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from parity.checkpoints import Recipe, write
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
+    """The folder of a recipe in its raw form, written at first use."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(recipe: Recipe) -> Path:
+        key = repr(recipe)
+        if key not in folders:
+            folders[key] = write(tmp_path_factory.mktemp("raw") / "model", recipe)
+        return folders[key]
+
+    return folder_of
