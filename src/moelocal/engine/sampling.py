@@ -7,7 +7,7 @@ Order of operations, each skipped where it is off:
 2. frequency and presence penalty (OpenAI: subtracted; over the tokens of the answer alone);
 3. logit bias (OpenAI: added), then rows that hold no token become -inf, whatever was added to them;
 4. temperature; 0 takes the largest logit (the lowest id among equals) and ends here;
-5. top_k, then top_p within what top_k left, then min_p relative to the likeliest token (Hugging Face's order);
+5. top_k, then top_p within what top_k left, then min_p relative to the likeliest token (as Hugging Face);
 6. one draw from the rest, renormalised: the argmax of logits plus Gumbel noise.
 
 A draw is a function of (logits, seed, step): the key of step n is counted up from the seed, so nothing is
@@ -112,7 +112,7 @@ class Sampler:
     """Chooses the tokens of one answer, one call per step.
 
     `token_mask` [V]: True where the vocabulary row holds a token; the other rows are never chosen. `seed`:
-    any integer (its low 64 bits count); None draws one. `prompt`: token ids that the repetition penalty counts.
+    any integer (its low 64 bits count); None draws one. `prompt`: ids that the repetition penalty counts in.
 
     Raises RequestError for a seed that is no integer and, at the first call, for a biased token outside V.
     """
@@ -259,35 +259,37 @@ def _penalised(sampling: Sampling, x: mx.array, counts: mx.array, in_prompt: mx.
 
 def _draw(sampling: Sampling, x: mx.array, key: mx.array) -> mx.array:
     """One token of softmax(x) [V] after truncation; the largest value of `x` is 0."""
-    size = x.shape[0]
-    if 0 < sampling.top_k < size or (sampling.top_p < 1 and size <= SORTED_AT_ONCE):
-        x, ids = _largest(x, min(sampling.top_k or size, size))
-        if sampling.top_p < 1:
-            p = mx.softmax(x)
-            # Before a token of the nucleus lies less than top_p; the first one always stays.
-            x = mx.where(mx.cumsum(p, inclusive=False) < sampling.top_p, x, _NOTHING)
-        return ids[_gumbel_argmax(_above_min_p(sampling, x), key)]
-    if sampling.top_p < 1:
-        p = mx.softmax(x)
-        x = mx.where(p >= _nucleus_floor(p, sampling.top_p), x, _NOTHING)
-    return _gumbel_argmax(_above_min_p(sampling, x), key)
-
-
-def _above_min_p(sampling: Sampling, x: mx.array) -> mx.array:
-    return mx.where(x >= math.log(sampling.min_p), x, _NOTHING) if sampling.min_p > 0 else x
-
-
-def _gumbel_argmax(x: mx.array, key: mx.array) -> mx.array:
+    x, ids = _truncated(sampling, x)
     noise = mx.random.gumbel(x.shape, key=key)
     # Uniform noise of exactly 0 gives -inf, and with one token left argmax would then take row 0. The next
     # smallest value is -log(32 log 2) = -3.1, so this bound changes nothing else.
-    return mx.argmax(x + mx.maximum(noise, -4.0))
+    index = mx.argmax(x + mx.maximum(noise, -4.0))
+    return index if ids is None else ids[index]
+
+
+def _truncated(sampling: Sampling, x: mx.array) -> tuple[mx.array, mx.array | None]:
+    """top_k, top_p and min_p; what they remove is -inf. Values and their ids, or None where they are [V]."""
+    size = x.shape[0]
+    ids = None
+    if 0 < sampling.top_k < size or (sampling.top_p < 1 and size <= SORTED_AT_ONCE):
+        x, ids = _largest(x, min(sampling.top_k or size, size))
+    if sampling.top_p < 1:
+        p = mx.softmax(x)
+        if ids is None:
+            nucleus = p >= _nucleus_floor(p, sampling.top_p)
+        else:
+            # What stands before a token of the nucleus sums to less than top_p; the first one always stays.
+            nucleus = mx.cumsum(p, inclusive=False) < sampling.top_p
+        x = mx.where(nucleus, x, _NOTHING)
+    if sampling.min_p > 0:
+        x = mx.where(x >= math.log(sampling.min_p), x, _NOTHING)
+    return x, ids
 
 
 def _largest(x: mx.array, count: int) -> tuple[mx.array, mx.array]:
     """The `count` largest values of `x` [V], largest first, and their int32 ids; equals come in any order.
 
-    A large `x` is cut into blocks: the `count` largest values lie in the `count` blocks of the largest maxima,
+    A large `x` is cut into blocks: the `count` largest values lie in the `count` blocks of largest maximum,
     so two sorts of about sqrt(V * count) values find them.
     """
     size = x.shape[0]
@@ -304,7 +306,7 @@ def _largest(x: mx.array, count: int) -> tuple[mx.array, mx.array]:
 
 
 def _nucleus_floor(p: mx.array, top_p: float) -> mx.array:
-    """The smallest probability of the nucleus: the largest p' such that all of `p` [V] from it on sum to top_p.
+    """The smallest probability of the nucleus: the largest f such that all of `p` [V] from f on sum to top_p.
 
     Bisection over the bits of the float, which order as the floats do: exact after the 30 bits of [0, 1].
     Tokens as likely as the last one of the nucleus all belong to it, where a sort would keep some by chance.
