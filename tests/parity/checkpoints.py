@@ -1,10 +1,12 @@
-"""Random tiny checkpoints of every family, written with the names, layouts and config keys of the original releases.
+"""Random tiny checkpoints of every family, written with the names, layouts and config keys of the original
+releases.
 
-Only numpy: the light suite builds them too. Values come from `RandomState`, whose stream is frozen, and each tensor has
-its own seed made from its name, so a recipe stands for the same weights on every machine and at every numpy version
-(recorded logits rely on it). Nothing is trivial on purpose: norm weights, A_log and dt_bias are random, so that a missing
-+ 1 or a forgotten bias shows; the projections that write to the residual stream are small, because a random net of full
-gain is chaotic and would turn rounding into error; logits have a standard deviation of about 1.6.
+Only numpy: the light suite builds them too. Values come from `RandomState`, whose stream is frozen, and
+each tensor has its own seed made from its name, so a recipe stands for the same weights on every machine
+and at every numpy version (recorded logits rely on it). Nothing is trivial on purpose: norm weights, A_log
+and dt_bias are random, so that a missing + 1 or a forgotten bias shows; the projections that write to the
+residual stream are small, because a random net of full gain is chaotic and would turn rounding into error;
+logits have a standard deviation of about 1.6.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ Family = Literal["qwen3_5_moe", "qwen3_5", "qwen3_next", "qwen3_moe"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One random checkpoint. `text_only`: the config and names of the text-only class instead of the wrapper with a
-    vision tower; `per_expert`: routed experts one by one instead of fused (qwen3_next, qwen3_moe always have them so);
-    `sensitive`: the dtype of A_log and of the gated norm, F32 in Qwen3.5 whatever the rest is."""
+    """One random checkpoint. `text_only`: the config and names of the text-only class instead of the
+    wrapper with a vision tower; `per_expert`: routed experts one by one instead of fused (qwen3_next,
+    qwen3_moe always have them so); `sensitive`: the dtype of A_log and of the gated norm, F32 in Qwen3.5
+    whatever the rest is."""
 
     family: Family
     seed: int = 1
@@ -72,8 +75,8 @@ class Recipe:
 
 
 SMALL: dict[str, Any] = {
-    "hidden": 32, "vocab": 96, "head_dim": 16, "key_heads": 1, "value_heads": 2, "key_dim": 16, "value_dim": 16,
-    "experts": 4, "per_token": 2, "width": 32, "shared_width": 32,
+    "hidden": 32, "vocab": 96, "head_dim": 16, "key_heads": 1, "value_heads": 2, "key_dim": 16,
+    "value_dim": 16, "experts": 4, "per_token": 2, "width": 32, "shared_width": 32,
 }  # fmt: skip
 """Sizes for tests that load a checkpoint hundreds of times."""
 
@@ -98,35 +101,38 @@ def _dtype(recipe: Recipe, name: str) -> str:
 def config(recipe: Recipe) -> dict[str, Any]:
     """config.json as the releases of the family have it."""
     text: dict[str, Any] = {
-        "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "head_dim": recipe.head_dim,
-        "hidden_act": "silu", "hidden_size": recipe.hidden, "initializer_range": 0.02,
-        "max_position_embeddings": recipe.context, "num_attention_heads": recipe.heads,
-        "num_hidden_layers": recipe.layers, "num_key_value_heads": recipe.kv_heads, "rms_norm_eps": 1e-06,
-        "use_cache": True, "vocab_size": recipe.vocab, "tie_word_embeddings": recipe.tied,
+        "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+        "head_dim": recipe.head_dim, "hidden_act": "silu", "hidden_size": recipe.hidden,
+        "initializer_range": 0.02, "max_position_embeddings": recipe.context,
+        "num_attention_heads": recipe.heads, "num_hidden_layers": recipe.layers,
+        "num_key_value_heads": recipe.kv_heads, "rms_norm_eps": 1e-06, "use_cache": True,
+        "vocab_size": recipe.vocab, "tie_word_embeddings": recipe.tied,
     }  # fmt: skip
     if recipe.family == "qwen3_5":
         text["intermediate_size"] = recipe.width
     else:
         text |= {
-            "moe_intermediate_size": recipe.width, "num_experts": recipe.experts, "router_aux_loss_coef": 0.001,
-            "num_experts_per_tok": recipe.per_token, "output_router_logits": False,
+            "moe_intermediate_size": recipe.width, "num_experts": recipe.experts,
+            "router_aux_loss_coef": 0.001, "num_experts_per_tok": recipe.per_token,
+            "output_router_logits": False,
         }  # fmt: skip
     if recipe.family in ("qwen3_5_moe", "qwen3_next"):
         text["shared_expert_intermediate_size"] = recipe.shared_width
     if recipe.hybrid:
         text |= {
-            "full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_key_head_dim": recipe.key_dim,
-            "linear_num_key_heads": recipe.key_heads, "linear_num_value_heads": recipe.value_heads,
-            "linear_value_head_dim": recipe.value_dim,
+            "full_attention_interval": 4, "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": recipe.key_dim, "linear_num_key_heads": recipe.key_heads,
+            "linear_num_value_heads": recipe.value_heads, "linear_value_head_dim": recipe.value_dim,
         }  # fmt: skip
     if recipe.family in ("qwen3_5_moe", "qwen3_5"):
         return _config_of_3_5(recipe, text)
     # the older families: flat, with the rope keys of transformers 4
     text |= {
         "architectures": ["Qwen3NextForCausalLM" if recipe.hybrid else "Qwen3MoeForCausalLM"],
-        "model_type": recipe.family, "decoder_sparse_step": 1, "mlp_only_layers": [], "intermediate_size": 4 * recipe.hidden,
-        "norm_topk_prob": recipe.normalize, "rope_theta": 1e6, "rope_scaling": recipe.rope or None,
-        "use_sliding_window": False, "torch_dtype": "float32", "transformers_version": "4.57.0.dev0",
+        "model_type": recipe.family, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "intermediate_size": 4 * recipe.hidden, "norm_topk_prob": recipe.normalize, "rope_theta": 1e6,
+        "rope_scaling": recipe.rope or None, "use_sliding_window": False, "torch_dtype": "float32",
+        "transformers_version": "4.57.0.dev0",
     }  # fmt: skip
     text |= (
         {"partial_rotary_factor": 0.25} if recipe.hybrid else {"sliding_window": None, "max_window_layers": 4}
@@ -137,7 +143,8 @@ def config(recipe: Recipe) -> dict[str, Any]:
 def _config_of_3_5(recipe: Recipe, text: dict[str, Any]) -> dict[str, Any]:
     pairs = recipe.head_dim // 8
     text |= {
-        "attn_output_gate": True, "dtype": "float32", "mamba_ssm_dtype": "float32", "model_type": recipe.family + "_text",
+        "attn_output_gate": True, "dtype": "float32", "mamba_ssm_dtype": "float32",
+        "model_type": recipe.family + "_text",
         "layer_types": [f"{kind}_attention" for kind in recipe.kinds], "mtp_num_hidden_layers": 1,
         "mtp_use_dedicated_embeddings": False, "pad_token_id": None,
         "rope_parameters": {
@@ -149,7 +156,8 @@ def _config_of_3_5(recipe: Recipe, text: dict[str, Any]) -> dict[str, Any]:
     if recipe.text_only:
         return {"architectures": [f"{stem}ForCausalLM"], "transformers_version": "5.23.0"} | text
     return {
-        "architectures": [f"{stem}ForConditionalGeneration"], "model_type": recipe.family, "text_config": text,
+        "architectures": [f"{stem}ForConditionalGeneration"], "model_type": recipe.family,
+        "text_config": text,
         "image_token_id": 10, "video_token_id": 11, "vision_start_token_id": 12, "vision_end_token_id": 13,
         "tie_word_embeddings": recipe.tied, "transformers_version": "4.57.1",
         "vision_config": {
@@ -281,13 +289,15 @@ def _vision(draw: _Draw) -> None:
     hidden, inner, merged = 16, 24, 64
     at = "model.visual."
     shapes = {
-        "patch_embed.proj.weight": (hidden, 3, 2, 4, 4), "patch_embed.proj.bias": (hidden,), "pos_embed.weight": (16, hidden),
-        "blocks.0.norm1.weight": (hidden,), "blocks.0.norm1.bias": (hidden,), "blocks.0.norm2.weight": (hidden,),
-        "blocks.0.norm2.bias": (hidden,), "blocks.0.attn.qkv.weight": (3 * hidden, hidden), "blocks.0.attn.qkv.bias": (3 * hidden,),
-        "blocks.0.attn.proj.weight": (hidden, hidden), "blocks.0.attn.proj.bias": (hidden,),
-        "blocks.0.mlp.linear_fc1.weight": (inner, hidden), "blocks.0.mlp.linear_fc1.bias": (inner,),
-        "blocks.0.mlp.linear_fc2.weight": (hidden, inner), "blocks.0.mlp.linear_fc2.bias": (hidden,),
-        "merger.norm.weight": (hidden,), "merger.norm.bias": (hidden,), "merger.linear_fc1.weight": (merged, merged),
+        "patch_embed.proj.weight": (hidden, 3, 2, 4, 4), "patch_embed.proj.bias": (hidden,),
+        "pos_embed.weight": (16, hidden), "blocks.0.norm1.weight": (hidden,),
+        "blocks.0.norm1.bias": (hidden,), "blocks.0.norm2.weight": (hidden,),
+        "blocks.0.norm2.bias": (hidden,), "blocks.0.attn.qkv.weight": (3 * hidden, hidden),
+        "blocks.0.attn.qkv.bias": (3 * hidden,), "blocks.0.attn.proj.weight": (hidden, hidden),
+        "blocks.0.attn.proj.bias": (hidden,), "blocks.0.mlp.linear_fc1.weight": (inner, hidden),
+        "blocks.0.mlp.linear_fc1.bias": (inner,), "blocks.0.mlp.linear_fc2.weight": (hidden, inner),
+        "blocks.0.mlp.linear_fc2.bias": (hidden,), "merger.norm.weight": (hidden,),
+        "merger.norm.bias": (hidden,), "merger.linear_fc1.weight": (merged, merged),
         "merger.linear_fc1.bias": (merged,), "merger.linear_fc2.weight": (draw.recipe.hidden, merged),
         "merger.linear_fc2.bias": (draw.recipe.hidden,),
     }  # fmt: skip

@@ -1,4 +1,5 @@
-"""Fixtures of the parity tests: a checkpoint folder per recipe, the original implementations on it, each made once."""
+"""Fixtures of the parity tests: a checkpoint folder per recipe, the original implementations on it, each
+made once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Writes safetensors files by hand, so that tests can write bfloat16 without torch, and files that are wrong."""
+"""Writes safetensors files by hand, so that tests can write bfloat16 without torch, and files that are
+wrong."""
 
 from __future__ import annotations
 
