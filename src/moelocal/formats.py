@@ -82,21 +82,9 @@ class QuantizedArray:
 Weight = mx.array | QuantizedArray
 
 
-def weight_dtype(weight: Weight) -> mx.Dtype:
-    """The floating-point dtype that a weight computes in (for fp modes: any, reported as bfloat16)."""
-    if isinstance(weight, mx.array):
-        return weight.dtype
-    return weight.scales.dtype if weight.biases is not None else mx.bfloat16
-
-
-def nbytes(weight: Weight) -> int:
-    """Bytes held by a weight."""
-    return weight.nbytes
-
-
-def cast(weight: Weight, dtype: mx.Dtype) -> Weight:
-    """The weight with its floating-point arrays in `dtype`; codes stay."""
-    return weight.astype(dtype)
+def arrays_of(weight: Weight) -> tuple[mx.array, ...]:
+    """The MLX arrays that a weight consists of."""
+    return (weight,) if isinstance(weight, mx.array) else weight.arrays
 
 
 def same_form(weights: Sequence[Weight]) -> bool:

@@ -1,0 +1,68 @@
+"""The feed-forward of a layer: one SwiGLU, or routed experts with a gated shared one."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from moelocal.checkpoint.scope import Scope
+from moelocal.config import DenseSpec, MoESpec
+from moelocal.formats import Weight
+from moelocal.layers.projection import Projection, fuse
+from moelocal.ops.experts import SwiGLU, experts, swiglu
+from moelocal.ops.linear import linear
+from moelocal.ops.op import on_cpu
+from moelocal.ops.route import route
+
+
+def _swiglu(scope: Scope, width: int, hidden: int, dtype: mx.Dtype, count: int | None = None) -> SwiGLU:
+    gate = scope.matrix("gate_proj", width, hidden, dtype, count)
+    up = scope.matrix("up_proj", width, hidden, dtype, count)
+    return SwiGLU(fuse([gate, up]), scope.matrix("down_proj", hidden, width, dtype, count))
+
+
+class Dense:
+    """x [B, T, H] -> down(silu(gate x) ⊙ up x)."""
+
+    def __init__(self, scope: Scope, spec: DenseSpec, hidden: int, dtype: mx.Dtype) -> None:
+        self.weights = _swiglu(scope, spec.width, hidden, dtype)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return self.weights.arrays
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return linear(swiglu([linear(x, w) for w in self.weights.gate_up]), self.weights.down)
+
+
+class MoE:
+    """x [B, T, H] -> the chosen experts' weighted sum and the shared expert. The router computes in float32."""
+
+    def __init__(self, scope: Scope, spec: MoESpec, hidden: int, dtype: mx.Dtype) -> None:
+        self.spec = spec
+        router = [scope.matrix("gate", spec.experts, hidden, mx.float32)]
+        self.shared: SwiGLU | None = None
+        if spec.shared_width:
+            router.append(scope.matrix("shared_expert_gate", 1, hidden, mx.float32))
+            self.shared = _swiglu(scope.at("shared_expert"), spec.shared_width, hidden, dtype)
+        self.router = Projection(router)
+        routed = _swiglu(scope.at("switch_mlp"), spec.width, hidden, dtype, spec.experts)
+        # MLX's CPU product with chosen experts knows float32 only
+        self.routed = _widened(routed) if on_cpu() else routed
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [*self.router.arrays, *self.routed.arrays, *(self.shared.arrays if self.shared else [])]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        flat = x.reshape(-1, x.shape[-1])
+        logits, *shared_gate = self.router(flat.astype(mx.float32))
+        chosen, weights = route(logits, self.spec.per_token, self.spec.normalize)
+        y = experts(flat, self.routed, chosen, weights, self.shared, shared_gate[0] if shared_gate else None)
+        return y.reshape(x.shape)
+
+
+def _widened(weights: SwiGLU) -> SwiGLU:
+    def wide(weight: Weight) -> Weight:
+        return weight.astype(mx.float32) if isinstance(weight, mx.array) else weight
+
+    return SwiGLU(tuple(wide(w) for w in weights.gate_up), wide(weights.down))

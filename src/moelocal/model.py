@@ -1,0 +1,85 @@
+"""`Decoder`: the one network. Families differ by config and names only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from moelocal.cache import Cache
+from moelocal.checkpoint.scope import Checkpoint
+from moelocal.config import ModelConfig
+from moelocal.errors import RequestError
+from moelocal.formats import QuantizedArray, arrays_of
+from moelocal.layers.block import Block
+from moelocal.ops.linear import linear
+from moelocal.ops.norm import rms_norm
+from moelocal.ops.op import on_cpu
+
+
+class Decoder:
+    """Embedding, blocks, final norm, head. Weights in the formats of the checkpoint, activations in `dtype`."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype) -> None:
+        config = checkpoint.config
+        self.config, self.dtype = config, dtype
+        root = checkpoint.root()
+        self.embedding = root.matrix("embed_tokens", config.vocab, config.hidden, dtype)
+        self.blocks: list[Block] = []
+        for index, spec in enumerate(config.layers):
+            block = Block(root.at(f"layers.{index}"), spec, config.hidden, config.norm_eps, dtype)
+            # evaluated one by one: what a fusion was made of is freed before the next layer is read
+            mx.eval(block.arrays)
+            self.blocks.append(block)
+        self.norm = root.array("norm.weight", (config.hidden,))
+        self.head = (
+            self.embedding if config.tied else root.matrix("lm_head", config.vocab, config.hidden, dtype)
+        )
+        checkpoint.require_all_used()
+        mx.eval(self.norm, *arrays_of(self.embedding), *arrays_of(self.head))
+
+    @classmethod
+    def open(cls, folder: Path, dtype: mx.Dtype | None = None) -> Decoder:
+        """Load the text model of a checkpoint folder.
+
+        `dtype` None: float32 on the CPU device, whose kernels for the 16-bit types are slow, else the checkpoint's own.
+        Raises `ConfigError`, `UnsupportedModel`, `CheckpointError`.
+        """
+        checkpoint = Checkpoint.open(folder, ModelConfig.read(folder))
+        return cls(checkpoint, dtype or (mx.float32 if on_cpu() else checkpoint.compute_dtype))
+
+    def new_cache(self, padding: Sequence[int] | None = None) -> Cache:
+        """An empty timeline; with `padding`, a batch whose rows start with that many padding tokens each."""
+        return Cache(self.config, padding)
+
+    def __call__(self, tokens: mx.array, cache: Cache | None = None, rows: int | None = None) -> mx.array:
+        """Evaluate tokens int [B, T] behind what `cache` holds -> logits float32 [B, T, V], or of the last `rows`.
+
+        Raises `RequestError` for tokens of another shape or dtype.
+        """
+        if tokens.ndim != 2 or not tokens.size or not mx.issubdtype(tokens.dtype, mx.integer):
+            raise RequestError(
+                f"tokens: expected integers [batch, time], got {tokens.dtype} {list(tokens.shape)}"
+            )
+        cache = cache or self.new_cache()
+        time, padding = tokens.shape[1], cache.padding
+        valid = None
+        if padding is not None:
+            valid = mx.arange(cache.position, cache.position + time) >= padding[:, None]
+        x = self.embed(tokens)
+        last = len(self.blocks) - 1
+        for index, (block, layer) in enumerate(zip(self.blocks, cache.layers, strict=True)):
+            x = block(x, layer, cache.position, padding, valid, rows if index == last else None)
+        cache.advance(time)
+        return self.logits(x)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Rows of the embedding [..., H] in the compute dtype."""
+        if isinstance(self.embedding, QuantizedArray):
+            return self.embedding.rows(tokens).dequantize(self.dtype)
+        return self.embedding[tokens]
+
+    def logits(self, x: mx.array) -> mx.array:
+        """Final norm and head: hidden states [..., H] -> float32 [..., V]."""
+        return linear(rms_norm(x, self.norm, self.config.norm_eps), self.head).astype(mx.float32)

@@ -1,0 +1,40 @@
+"""Borrowing arrays between MLX and NumPy, for the host forms.
+
+Why: the MLX wheel for Linux carries the reference BLAS; a float32 product that takes it 35 ms takes NumPy's BLAS
+0.7 ms on the same two cores (benchmarks/host_matmul.py).
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from moelocal.formats import QuantizedArray, Weight
+
+Host = npt.NDArray[np.float32]
+
+MANY_ROWS = 32
+"""Rows from which a product through NumPy pays for the round trip."""
+
+
+def many_rows(x: mx.array) -> bool:
+    """Whether [..., features] has enough float32 rows for a host form."""
+    return x.dtype == mx.float32 and x.size >= MANY_ROWS * x.shape[-1]
+
+
+def borrow(array: mx.array) -> Host:
+    """The evaluated values of a float32 array, without a copy where it is contiguous."""
+    return np.asarray(array)
+
+
+def borrow_weight(weight: Weight) -> Host:
+    """A weight as float32 values; packed ones are unpacked."""
+    if isinstance(weight, QuantizedArray):
+        return borrow(weight.dequantize(mx.float32))
+    return borrow(weight if weight.dtype == mx.float32 else weight.astype(mx.float32))
+
+
+def silu(x: Host) -> Host:
+    """x·σ(x), computed without overflow for large negative x."""
+    return x * (0.5 * np.tanh(0.5 * x) + 0.5)

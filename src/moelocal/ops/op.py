@@ -1,0 +1,95 @@
+"""`Op`: one operation in several forms, and the only place that chooses between them.
+
+reference   plain MLX, float32 inside, written for reading; the specification
+portable    stock MLX calls, the fastest formulation; every device
+host        NumPy and its BLAS, for many rows in float32 on the CPU device (docs/decisions/0001-host-form.md)
+
+`with force("reference"):` or the environment variable `MOELOCAL_OPS` overrides the choice, for tests and bug reports.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, Generic, ParamSpec, TypeVar
+
+import mlx.core as mx
+
+from moelocal.errors import RequestError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+FORMS: Final = ("auto", "reference", "portable")
+
+
+def _checked(form: str, where: str) -> str:
+    if form not in FORMS:
+        raise RequestError(f"{where}: expected one of {', '.join(FORMS)}, got {form!r}")
+    return form
+
+
+_forced: str | None = None
+
+
+def forced() -> str:
+    """The override in effect: "auto", "reference" or "portable". Raises `RequestError` for a bad `MOELOCAL_OPS`."""
+    global _forced
+    if _forced is None:
+        _forced = _checked(os.environ.get("MOELOCAL_OPS", "auto"), "MOELOCAL_OPS")
+    return _forced
+
+
+@contextmanager
+def force(form: str) -> Iterator[None]:
+    """Run every op in `form` ("reference", "portable", or "auto") inside the block. Raises `RequestError`."""
+    global _forced
+    before = forced()
+    _forced = _checked(form, "force")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU device."""
+    return bool(mx.default_device() == mx.cpu)
+
+
+class Op(Generic[P, R]):
+    """One operation. `host_when` says for which arguments the host form is the fastest."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        reference: Callable[P, R],
+        portable: Callable[P, R],
+        host: Callable[P, R] | None = None,
+        host_when: Callable[P, bool] | None = None,
+    ) -> None:
+        self.name = name
+        self.reference = reference
+        self.portable = portable
+        self.host = host
+        self._host_when = host_when
+        registry[name] = self
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        form = forced()
+        if form == "reference":
+            return self.reference(*args, **kwargs)
+        if (
+            form == "auto"
+            and self.host is not None
+            and self._host_when is not None
+            and self._host_when(*args, **kwargs)
+            and on_cpu()
+        ):
+            return self.host(*args, **kwargs)
+        return self.portable(*args, **kwargs)
+
+
+registry: Final[dict[str, Op[..., object]]] = {}
