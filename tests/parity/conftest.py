@@ -5,10 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from parity.checkpoints import Recipe, write
+
+if TYPE_CHECKING:
+    from parity.originals import Transformers
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +27,18 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
         return folders[key]
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def originals() -> Callable[[Path], Transformers]:
+    """transformers on a folder, loaded once."""
+    from parity.originals import Transformers
+
+    loaded: dict[Path, Transformers] = {}
+
+    def on(folder: Path) -> Transformers:
+        if folder not in loaded:
+            loaded[folder] = Transformers(folder)
+        return loaded[folder]
+
+    return on

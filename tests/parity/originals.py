@@ -30,6 +30,8 @@ class Transformers:
         import torch
         import transformers
 
+        # several test processes share the cores
+        torch.set_num_threads(1)
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         kind = json.loads((folder / "config.json").read_text())["model_type"]
