@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from parity.storage import encode, write_shards, write_tensors
+from parity.storage import Tensor, encode, write_shards, write_tensors
 
 Family = Literal["qwen3_5_moe", "qwen3_5", "qwen3_next", "qwen3_moe"]
 
@@ -91,6 +91,11 @@ def write(folder: Path, recipe: Recipe, shards: int = 3) -> Path:
     else:
         write_shards(folder, tensors, shards)
     return folder
+
+
+def encode_all(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Arrays by name as float32 tensors."""
+    return {name: encode(array) for name, array in arrays.items()}
 
 
 def _dtype(recipe: Recipe, name: str) -> str:

@@ -32,7 +32,9 @@ class Ours:
         """Rows of unequal length as one left-padded batch; the last `steps` tokens of each one by one."""
         longest = max(len(row) for row in rows)
         padding = [longest - len(row) for row in rows]
-        batch = np.stack([np.concatenate([np.zeros(p, row.dtype), row]) for p, row in zip(padding, rows, strict=True)])
+        batch = np.stack(
+            [np.concatenate([np.zeros(p, row.dtype), row]) for p, row in zip(padding, rows, strict=True)]
+        )
         cache, parts = self.model.new_cache(padding=padding), []
         for part in np.split(batch, range(longest - steps, longest), axis=1):
             parts.append(np.array(self.model(mx.array(part), cache)))
@@ -43,7 +45,9 @@ class Ours:
 def cut(tokens: np.ndarray, chunks: Sequence[int]) -> list[np.ndarray]:
     """Chunks of these sizes, then single tokens."""
     borders = np.cumsum(chunks).tolist()
-    return [part for part in np.split(tokens, borders + list(range(borders[-1] + 1, len(tokens)))) if len(part)]
+    return [
+        part for part in np.split(tokens, borders + list(range(borders[-1] + 1, len(tokens)))) if len(part)
+    ]
 
 
 def assert_same(ours: np.ndarray, theirs: np.ndarray, most: float = 5e-3, mean: float = 1e-4) -> None:

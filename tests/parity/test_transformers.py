@@ -25,7 +25,9 @@ RECIPES = {
     "qwen3_5_moe text only": Recipe("qwen3_5_moe", text_only=True, mtp=False),
     "qwen3_5_moe text only, expert by expert": Recipe("qwen3_5_moe", text_only=True, per_expert=True),
     "qwen3_5_moe odd sizes": Recipe("qwen3_5_moe", **ODD),
-    "qwen3_5_moe one key head, one expert per token": Recipe("qwen3_5_moe", key_heads=1, kv_heads=1, per_token=1),
+    "qwen3_5_moe one key head, one expert per token": Recipe(
+        "qwen3_5_moe", key_heads=1, kv_heads=1, per_token=1
+    ),
     "qwen3_5_moe yarn": Recipe("qwen3_5_moe", rope=YARN, context=256),
     "qwen3_5 tied": Recipe("qwen3_5", layers=8, tied=True),
     "qwen3_5 untied": Recipe("qwen3_5"),
