@@ -20,6 +20,8 @@ _MODES: Final[dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
     "mxfp8": ((8,), (32,)),
     "nvfp4": ((4,), (16,)),
 }
+# mode -> bits and group where none are given
+_STARTS: Final = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +154,13 @@ class QuantPlan:
                 f"config.json: quantization: method {method!r} is not an MLX format; "
                 "use the original checkpoint, or one converted for MLX"
             )
-        default = _spec("quantization", raw, None)
+        default = _spec("quantization", raw)
         paths: dict[str, QuantSpec | None] = {}
         for path, entry in raw.items():
             if entry is False:
                 paths[path] = None
             elif isinstance(entry, dict):
-                paths[path] = _spec(path, entry, default)
+                paths[path] = _spec(path, entry)
             elif entry is not True and path not in ("bits", "group_size", "mode", "quant_method"):
                 raise ConfigError(
                     f"config.json: quantization: {path}: expected an object or false, got {entry!r}"
@@ -171,20 +173,16 @@ class QuantPlan:
             raise CheckpointError(f"{path}: config.json says {self.paths[path]}, the weights hold {found}")
 
 
-def _spec(where: str, raw: Mapping[str, Any], default: QuantSpec | None) -> QuantSpec:
-    mode = raw.get("mode", default.mode if default else "affine")
-    bits, group = raw.get("bits"), raw.get("group_size")
-    if mode not in _MODES:
+def _spec(where: str, raw: Mapping[str, Any]) -> QuantSpec:
+    """As MLX's `to_quantized(**raw)` reads it: without a mode affine (whatever the default of the file is), and
+    without bits or group those that the mode starts from."""
+    mode = raw.get("mode", "affine")
+    if not isinstance(mode, str) or mode not in _MODES:
         raise ConfigError(f"config.json: quantization: {where}: unknown mode {mode!r}")
-    # an entry that gives bits and group of affine under a floating-point default means affine: LM Studio omits the mode
-    if (
-        "mode" not in raw
-        and bits is not None
-        and (bits not in _MODES[mode][0] or group not in _MODES[mode][1])
-    ):
-        mode = "affine"
-    bits = bits if bits is not None else _MODES[mode][0][0]
-    group = group if group is not None else (default.group if default else 64)
+    bits, group = (
+        default if raw.get(key) is None else raw[key]
+        for key, default in zip(("bits", "group_size"), _STARTS[mode], strict=True)
+    )
     if not isinstance(bits, int) or not isinstance(group, int):
         raise ConfigError(
             f"config.json: quantization: {where}: expected integers, got {bits!r} bits, group {group!r}"
