@@ -1,0 +1,174 @@
+"""Train the embedded model: `python tools/embedded/train.py --minutes 75 --work DIR`.
+
+Resumes from DIR/state.pt. Loss, speed and held-out accuracy go to DIR/log.jsonl, one object per line. The learning rate
+follows the clock and not a step count, so that the run ends when it was told to: warm-up, flat to 60 %, then linear
+decay. Skills that lag are sampled more often.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from multiprocessing import Event, Process, Queue
+from pathlib import Path
+from queue import Full
+
+import torch
+from data import SKILLS, encode, sample
+from model import Embedded, Shape
+from optimizer import build
+from tokenizer import open_template, open_tokenizer
+from torch import Tensor
+
+BATCH_TOKENS = 4608
+LONGEST = 640
+HELD_OUT_SEED = 20_261_121
+
+
+def batches(rng: random.Random, shares: dict[str, float], difficulty: float) -> list[tuple[list[list[int]], ...]]:
+    """Documents of about 16 batches, sorted by length and cut so that each padded batch has BATCH_TOKENS tokens."""
+    tokenizer, template = open_tokenizer(), open_template()
+    documents, total = [], 0
+    while total < 16 * BATCH_TOKENS:
+        skill = rng.choices(SKILLS, [shares[s] for s in SKILLS])[0]
+        ids, weights = encode(sample(skill, rng, difficulty, "train"), tokenizer, template)
+        if len(ids) <= LONGEST and any(weights):
+            documents.append((ids, weights))
+            total += len(ids)
+    documents.sort(key=lambda d: len(d[0]))
+    result, batch = [], []
+    for document in documents:
+        if batch and (len(batch) + 1) * len(document[0]) > BATCH_TOKENS:
+            result.append(batch)
+            batch = []
+        batch.append(document)
+    rng.shuffle(result)  # the last, incomplete batch is dropped
+    return result
+
+
+def feed(queue: Queue, control: Queue, stop: Event, seed: int) -> None:
+    """Worker process: keep the queue filled, with the newest skill shares and difficulty."""
+    torch.set_num_threads(1)
+    rng, shares, difficulty = random.Random(seed), dict.fromkeys(SKILLS, 1.0), 0.2
+    while not stop.is_set():
+        while not control.empty():
+            shares, difficulty = control.get()
+        for batch in batches(rng, shares, difficulty):
+            while not stop.is_set():
+                try:
+                    queue.put(batch, timeout=1)
+                    break
+                except Full:
+                    continue
+
+
+def padded(batch: list[tuple[list[int], list[float]]]) -> tuple[Tensor, Tensor]:
+    """ids, weights [B, longest]; padding has id 0 and weight 0."""
+    longest = max(len(ids) for ids, _ in batch)
+    ids = torch.tensor([i + [0] * (longest - len(i)) for i, _ in batch])
+    return ids, torch.tensor([w + [0.0] * (longest - len(w)) for _, w in batch])
+
+
+def held_out(count: int) -> dict[str, list[tuple[list[int], list[float]]]]:
+    """The same `count` held-out documents per skill at every call."""
+    tokenizer, template = open_tokenizer(), open_template()
+    sets = {}
+    for skill in SKILLS:
+        rng = random.Random(f"{HELD_OUT_SEED}/{skill}")
+        sets[skill] = [encode(sample(skill, rng, 1.0, "held-out"), tokenizer, template) for _ in range(count)]
+    return sets
+
+
+@torch.no_grad()
+def accuracy(model: Embedded, documents: list[tuple[list[int], list[float]]]) -> float:
+    """Share of documents whose every trained token is the model's first choice: what greedy decoding would write."""
+    right = 0
+    for start in range(0, len(documents), 8):
+        ids, weights = padded(documents[start : start + 8])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            choice = model(ids)[:, :-1].argmax(-1)
+        right += int(((choice == ids[:, 1:]) | (weights[:, 1:] == 0)).all(1).sum())
+    return right / len(documents)
+
+
+def rate(progress: float, step: int) -> float:
+    """Factor on the learning rates at `progress` 0..1 of the time."""
+    return min(1.0, (step + 1) / 30) * min(1.0, max(0.01, (1.0 - progress) / 0.4))
+
+
+def save(path: Path, state: dict) -> None:
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=75)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    model = Embedded(Shape())
+    optimizers = build(model)
+    base = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    done = {"step": 0, "tokens": 0, "seconds": 0.0, "shares": dict.fromkeys(SKILLS, 1.0)}
+    state_file = args.work / "state.pt"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=False)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        done = state["done"]
+    queue, control, stop = Queue(maxsize=8), Queue(), Event()
+    worker = Process(target=feed, args=(queue, control, stop, args.seed * 1000 + done["step"]), daemon=True)
+    worker.start()
+    checks = held_out(24)
+    last_time = saved_at = measured_at = time.monotonic()
+    log = (args.work / "log.jsonl").open("a")
+    while done["seconds"] < args.minutes * 60:
+        progress = done["seconds"] / (args.minutes * 60)
+        difficulty = min(1.0, 0.15 + progress / 0.25)
+        factor = rate(progress, done["step"])
+        for optimizer, lrs in zip(optimizers, base, strict=True):
+            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr * factor
+        ids, weights = padded(queue.get())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model.loss(ids, weights)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        now = time.monotonic()
+        done["seconds"] += now - last_time
+        last_time = now
+        done["step"] += 1
+        done["tokens"] += ids.numel()
+        record = {"step": done["step"], "tokens": done["tokens"], "seconds": round(done["seconds"], 1),
+                  "loss": round(model.parts[0], 4), "mtp": round(model.parts[1], 4), "rate": round(factor, 4)}  # fmt: skip
+        if now - measured_at > 240 or done["seconds"] >= args.minutes * 60:
+            measured_at = now
+            record["accuracy"] = {skill: round(accuracy(model, documents), 3) for skill, documents in checks.items()}
+            # the floor keeps what is learnt alive
+            done["shares"] = {skill: 0.25 + (1 - a) for skill, a in record["accuracy"].items()}
+            last_time = time.monotonic()
+        if done["step"] % 10 == 0:
+            control.put((done["shares"], difficulty))
+        if done["step"] % 10 == 0 or "accuracy" in record:
+            print(json.dumps(record), file=log, flush=True)
+        if now - saved_at > 60 or done["seconds"] >= args.minutes * 60:
+            saved_at = now
+            save(state_file, {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "done": done})  # fmt: skip
+    stop.set()
+    worker.terminate()
+
+
+if __name__ == "__main__":
+    main()
