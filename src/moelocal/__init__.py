@@ -1,1 +1,29 @@
-"""Quantized mixture-of-experts language models on your own Mac."""
+"""Quantized mixture-of-experts language models on your own machine.
+
+    import moelocal
+    model = moelocal.load()
+    print(moelocal.generate(model, "Hello!").text)
+"""
+
+from moelocal.engine.completion import Completion, Event, Timing, TokenLogprob, Usage
+from moelocal.engine.generate import generate, stream
+from moelocal.engine.load import Model, load
+from moelocal.engine.sampling import Sampling
+from moelocal.errors import MoelocalError
+from moelocal.text.tool_calls import ToolCall
+
+__version__ = "0.1.0"
+__all__ = [
+    "Completion",
+    "Event",
+    "Model",
+    "MoelocalError",
+    "Sampling",
+    "Timing",
+    "TokenLogprob",
+    "ToolCall",
+    "Usage",
+    "generate",
+    "load",
+    "stream",
+]

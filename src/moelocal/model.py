@@ -13,9 +13,10 @@ from moelocal.config import ModelConfig
 from moelocal.errors import RequestError
 from moelocal.formats import QuantizedArray, arrays_of
 from moelocal.layers.block import Block
+from moelocal.ops.host import MANY_ROWS
 from moelocal.ops.linear import linear
 from moelocal.ops.norm import rms_norm
-from moelocal.ops.op import on_cpu
+from moelocal.ops.op import forced, on_cpu
 
 
 class Decoder:
@@ -64,6 +65,8 @@ class Decoder:
             )
         cache = cache or self.new_cache()
         time, padding = tokens.shape[1], cache.padding
+        if time == 1 and padding is None and tokens.shape[0] < MANY_ROWS and forced() == "auto":
+            return self._step(tokens, cache)
         valid = None
         if padding is not None:
             valid = mx.arange(cache.position, cache.position + time) >= padding[:, None]
@@ -72,6 +75,14 @@ class Decoder:
         for index, (block, layer) in enumerate(zip(self.blocks, cache.layers, strict=True)):
             x = block(x, layer, cache.position, padding, valid, rows if index == last else None)
         cache.advance(time)
+        return self.logits(x)
+
+    def _step(self, tokens: mx.array, cache: Cache) -> mx.array:
+        """One token per row, through the compiled form of each block."""
+        position, x = mx.array(cache.position), self.embed(tokens)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x = block.step(x, layer, position)
+        cache.advance(1)
         return self.logits(x)
 
     def embed(self, tokens: mx.array) -> mx.array:

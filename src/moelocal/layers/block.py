@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
+
 import mlx.core as mx
 
 from moelocal.cache import AttentionCache, LayerCache, RecurrentCache
@@ -58,3 +61,47 @@ class Block:
             mixed = self.mixer(normed, cache, valid)
         h = x + mixed
         return self.feed_forward(h if rows is None else h[:, -rows:])
+
+    def step(self, x: mx.array, cache: LayerCache, position: mx.array) -> mx.array:
+        """One token per row, [B, 1, H] -> [B, 1, H]: as `__call__`, in functions compiled once per batch size.
+
+        Position is an array: as a number it would be a constant of the compiled function. Keys and values grow, so
+        the cache and the attention over it stay outside.
+        """
+        if isinstance(self.mixer, Attention):
+            assert isinstance(cache, AttentionCache)
+            q, k, v, *gate = self._enter(x, position)
+            heads = self.mixer.attend(q, k, v, cache, None)
+            return self._leave(x, heads, *gate)
+        assert isinstance(cache, RecurrentCache)
+        if cache.conv is None or cache.state is None:
+            cache.conv, cache.state = self.mixer.begin(x.shape[0])
+        y, cache.conv, cache.state = self._whole(x, cache.conv, cache.state)
+        return y
+
+    @cached_property
+    def _enter(self) -> Callable[..., list[mx.array]]:
+        def enter(x: mx.array, position: mx.array) -> list[mx.array]:
+            assert isinstance(self.mixer, Attention)
+            q, k, v, gate = self.mixer.prologue(rms_norm(x, self.before_mixer, self.eps), position)
+            return [q, k, v] if gate is None else [q, k, v, gate]
+
+        return mx.compile(enter)
+
+    @cached_property
+    def _leave(self) -> Callable[..., mx.array]:
+        def leave(x: mx.array, heads: mx.array, gate: mx.array | None = None) -> mx.array:
+            assert isinstance(self.mixer, Attention)
+            return self.feed_forward(x + self.mixer.epilogue(heads, gate))
+
+        return mx.compile(leave)
+
+    @cached_property
+    def _whole(self) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
+        def whole(x: mx.array, conv: mx.array, state: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+            assert isinstance(self.mixer, DeltaNet)
+            normed = rms_norm(x, self.before_mixer, self.eps)
+            y, conv, state = self.mixer.step(normed, conv, state, None)
+            return self.feed_forward(x + y), conv, state
+
+        return mx.compile(whole)

@@ -1,0 +1,287 @@
+"""`stream` and `generate`: from a prompt to an answer.
+
+The step for token n + 1 is queued before token n is read, so that the device never waits for Python; the sampled token
+stays on the device in between.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import mlx.core as mx
+
+from moelocal.engine.completion import Completion, Event, FinishReason, Timing, TokenLogprob, Usage
+from moelocal.engine.load import Model
+from moelocal.engine.sampling import BAD_LOGITS, Sampler, Sampling, log_probabilities
+from moelocal.errors import ContextOverflow, NumericsError, RequestError
+from moelocal.text.answer import AnswerParser, Delta, ends_inside_thinking
+from moelocal.text.detokenizer import Detokenizer
+from moelocal.text.messages import prepare, prepare_tools
+from moelocal.text.stop import StopStrings
+from moelocal.text.tool_calls import ToolCall
+
+STRIDE: Final = 2048
+"""Prompt chunks end at absolute multiples of this, so that equal positions are always computed by equal arithmetic."""
+
+MOST_TOKENS: Final = 32_768
+"""Tokens of an answer when `max_tokens` is not given: what the model cards recommend."""
+
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+def generate(
+    model: Model,
+    prompt: Prompt,
+    *,
+    max_tokens: int | None = None,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    thinking: bool | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    logprobs: int | None = None,
+    raw: bool = False,
+) -> Completion:
+    """The whole answer to `prompt`. Arguments and errors as of `stream`."""
+    completion = None
+    for event in stream(
+        model,
+        prompt,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stop=stop,
+        seed=seed,
+        thinking=thinking,
+        tools=tools,
+        logprobs=logprobs,
+        raw=raw,
+    ):
+        completion = event.completion
+    assert completion is not None  # the last event of a stream has it
+    return completion
+
+
+def stream(
+    model: Model,
+    prompt: Prompt,
+    *,
+    max_tokens: int | None = None,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    thinking: bool | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    logprobs: int | None = None,
+    raw: bool = False,
+) -> Iterator[Event]:
+    """The answer to `prompt`, piece by piece; closing the iterator stops the generation.
+
+    `prompt`: one user message as a string, or a list of messages ({"role": ..., "content": ...}); with `raw`, plain
+    text to continue. `max_tokens`: None for 32,768, less where the context ends. `sampling`: None for the
+    checkpoint's own. `stop`: strings that end the answer, themselves left out. `seed`: makes a sampled answer
+    repeatable on one machine and version. `thinking`: True or False switches it where the template can; None leaves
+    it to the template. `tools`: JSON schemas as in the OpenAI API. `logprobs`: number of alternatives to report per
+    token, 0 for the sampled token alone, None for none.
+
+    Everything is checked here, before the first event is asked for. Raises `RequestError`, `ContextOverflow`,
+    `TokenizerError`, `TemplateError`, `ConfigError`; while streaming, `NumericsError`.
+    """
+    started = time.perf_counter()
+    if logprobs is not None and (not isinstance(logprobs, int) or isinstance(logprobs, bool) or logprobs < 0):
+        raise RequestError(f"logprobs: expected an integer from 0, or None, got {logprobs!r}")
+    tokens, parser = _read(model, prompt, stop, thinking, tools, raw)
+    room = model.config.context - len(tokens)
+    if room < 1:
+        raise ContextOverflow(
+            f"the prompt has {len(tokens)} tokens, the context of {model.name} {model.config.context}; shorten it"
+        )
+    if max_tokens is None:
+        max_tokens = MOST_TOKENS
+    elif not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
+        raise RequestError(f"max_tokens: expected an integer from 1, got {max_tokens!r}")
+    # rows of the vocabulary without a token are padding: never sampled
+    mask = model.tokenizer.token_mask(model.config.vocab)
+    sampler = Sampler(sampling or model.defaults, token_mask=mask, seed=seed, prompt=tokens)
+    answer = _Answer(tokens, Detokenizer(model.tokenizer), parser, model.stop_tokens, started)
+    steps = _steps(model, tokens, sampler, min(max_tokens, room), logprobs, mx.array(mask))
+    return answer.events(steps)
+
+
+def _read(
+    model: Model,
+    prompt: Prompt,
+    stop: Sequence[str],
+    thinking: bool | None,
+    tools: Sequence[Mapping[str, Any]] | None,
+    raw: bool,
+) -> tuple[list[int], AnswerParser | StopStrings]:
+    """The tokens of the prompt, and the parser that fits the answer."""
+    if isinstance(stop, str):
+        raise RequestError(f"stop: expected a list of strings, got the string {stop!r}")
+    parser: AnswerParser | StopStrings
+    if raw:
+        if not isinstance(prompt, str):
+            raise RequestError(f"prompt: with raw=True, expected a string, got {type(prompt).__name__}")
+        if thinking is not None or tools is not None:
+            raise RequestError("raw=True continues plain text: thinking and tools need the chat template")
+        text, parser = prompt, StopStrings(stop)
+    else:
+        tools = prepare_tools(tools)
+        text = model.template.render(prepare(prompt), tools=tools, thinking=thinking)
+        parser = AnswerParser(thinking_open=ends_inside_thinking(text), stops=stop, tools=tools)
+    tokens = model.tokenizer.encode(text)
+    if not tokens:
+        raise RequestError("prompt: expected at least one token, got an empty text")
+    outside = [t for t in tokens if t >= model.config.vocab]
+    if outside:
+        raise RequestError(f"token {outside[0]} is outside the model's {model.config.vocab} rows: foreign tokenizer?")
+    return tokens, parser
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A queued token: int32 [] on the device, and its log-probabilities if asked for."""
+
+    token: mx.array
+    logprobs: tuple[mx.array, mx.array, mx.array] | None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.token, *(self.logprobs or ())]
+
+
+def prefill(model: Model, tokens: Sequence[int]) -> tuple[mx.array, Any]:
+    """Evaluate a prompt in chunks -> logits float32 [V] behind its last token, and the cache."""
+    cache = model.new_cache()
+    while True:
+        stop = min(len(tokens), (cache.position // STRIDE + 1) * STRIDE)
+        logits = model(mx.array([tokens[cache.position : stop]]), cache, rows=1)
+        if stop == len(tokens):
+            return logits[0, -1], cache
+        # evaluated chunk by chunk: the working memory of one chunk is enough for any prompt
+        mx.eval(cache.arrays)
+
+
+def _steps(
+    model: Model, tokens: Sequence[int], sampler: Sampler, most: int, logprobs: int | None, mask: mx.array
+) -> Iterator[_Step]:
+    """Up to `most` tokens, each handed out when the step after it is already queued."""
+
+    def choose(logits: mx.array) -> _Step:
+        token = sampler(logits)
+        extra = None if logprobs is None else log_probabilities(logits, token, logprobs, token_mask=mask)
+        step = _Step(token, extra)
+        mx.async_eval(step.arrays)
+        return step
+
+    logits, cache = prefill(model, tokens)
+    step = choose(logits)
+    for _ in range(most - 1):
+        following = choose(model(step.token.reshape(1, 1), cache, rows=1)[0, -1])
+        yield step
+        step = following
+    yield step
+
+
+@dataclass(slots=True)
+class _Answer:
+    """Collects what the steps give, as events and as their sum."""
+
+    prompt: list[int]
+    detokenizer: Detokenizer
+    parser: AnswerParser | StopStrings
+    stop_tokens: frozenset[int]
+    started: float
+    tokens: list[int] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+
+    def events(self, steps: Iterator[_Step]) -> Iterator[Event]:
+        mx.reset_peak_memory()
+        first = time.perf_counter()
+        stopped = False
+        for step in steps:
+            token = self._take(step)
+            if len(self.tokens) == 1:
+                first = time.perf_counter()
+            if token in self.stop_tokens:
+                stopped = True
+                yield Event(tokens=(token,))
+                break
+            delta = self._add(self.detokenizer.add(token))
+            yield Event(delta.text, delta.reasoning, delta.tool_calls, (token,))
+            if delta.stopped:
+                stopped = True
+                break
+        delta = self._finish()
+        yield Event(delta.text, delta.reasoning, delta.tool_calls, (), self._completion(stopped, first))
+
+    def _take(self, step: _Step) -> int:
+        token = int(step.token.item())
+        if token == BAD_LOGITS:
+            raise NumericsError(
+                f"the logits of token {len(self.tokens) + 1} are NaN or infinite: the weights are damaged, or overflow "
+                'in this dtype; try dtype="float32"'
+            )
+        self.tokens.append(token)
+        if step.logprobs is not None:
+            chosen, ids, values = step.logprobs
+            top = tuple(zip(_list(ids), _list(values), strict=True))
+            self.logprobs = self.logprobs or []
+            self.logprobs.append(TokenLogprob(token, float(chosen.item()), top))
+        return token
+
+    def _add(self, text: str) -> Delta:
+        if isinstance(self.parser, StopStrings):
+            plain, stopped = self.parser.add(text)
+            return self._keep(Delta(plain, stopped=stopped))
+        return self._keep(self.parser.add(text))
+
+    def _finish(self) -> Delta:
+        """What the detokenizer and the parser held back."""
+        delta = self._add(self.detokenizer.finish())
+        rest = Delta(self.parser.finish()) if isinstance(self.parser, StopStrings) else self.parser.finish()
+        rest = self._keep(rest)
+        return Delta(
+            delta.text + rest.text, delta.reasoning + rest.reasoning, delta.tool_calls + rest.tool_calls, rest.stopped
+        )
+
+    def _keep(self, delta: Delta) -> Delta:
+        self.text.append(delta.text)
+        self.reasoning.append(delta.reasoning)
+        self.calls.extend(delta.tool_calls)
+        return delta
+
+    def _completion(self, stopped: bool, first: float) -> Completion:
+        now = time.perf_counter()
+        count = len(self.tokens)
+        reason: FinishReason = "length"
+        if stopped:
+            reason = "tool_calls" if self.calls else "stop"
+        return Completion(
+            text="".join(self.text),
+            reasoning="".join(self.reasoning),
+            tool_calls=tuple(self.calls),
+            tokens=tuple(self.tokens),
+            finish_reason=reason,
+            usage=Usage(prompt=len(self.prompt), completion=count),
+            timing=Timing(
+                first_token_seconds=first - self.started,
+                total_seconds=now - self.started,
+                prefill_tokens_per_second=len(self.prompt) / (first - self.started),
+                decode_tokens_per_second=(count - 1) / (now - first) if count > 1 else 0.0,
+                peak_memory_nbytes=mx.get_peak_memory(),
+            ),
+            logprobs=None if self.logprobs is None else tuple(self.logprobs),
+        )
+
+
+def _list(array: mx.array) -> list[Any]:
+    values = array.tolist()
+    assert isinstance(values, list)
+    return values
