@@ -13,11 +13,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from moelocal.text.json_scan import JsonObjectScanner
 from moelocal.text.partial import partial_suffix
-from moelocal.text.tool_values import allowed_types, parse_argument, read_json
+from moelocal.text.tool_values import ANY_PARAMETERS, Parameters, parameters_of, parse_argument, read_json
 
 _BLOCK, _BLOCK_END = "<tool_call>", "</tool_call>"
 _FUNCTION, _FUNCTION_END, _PARAMETER = "<function=", "</function>", "<parameter="
@@ -25,6 +25,9 @@ _NAME = re.compile(r"([^>\n]{1,128})>")
 _NAME_BEGUN = re.compile(r"[^>\n]{0,128}\Z")
 # No pattern matches more characters than this, so a longer tail need not be searched again.
 _LONGEST_TAG = 256
+
+_Layout = Literal["nested", "flat", "lenient"]
+_SECOND_READINGS: tuple[_Layout, ...] = ("flat", "lenient")
 
 
 def _value_tags(value_end: str) -> re.Pattern[str]:
@@ -67,17 +70,17 @@ class ToolCallParser:
       have will do.
     - `</function>` and after it `</tool_call>` or the next `<function=`.
 
-    Complete calls inside a value (a file that explains this format, say) are skipped by counting. So only a
-    value that holds such a closing sequence outside of a complete call is cut too early: the format cannot
+    Complete calls inside a value (a file that explains this format, say) are skipped by counting. So a value
+    is cut too early only if it holds such a closing sequence outside of a complete call: the format cannot
     express it.
     """
 
     def __init__(self, tools: Sequence[Mapping[str, Any]] | None = None) -> None:
-        self._parameters = dict(_parameters_of(tool) for tool in tools or ())
+        self._tools = dict(parameters_of(tool) for tool in tools or ())
         self._buffer = ""
         self._out: list[str | ToolCall] = []
         self._after_call = False  # only white space came since the last call
-        self._lenient = False
+        self._layout: _Layout = "nested"
         self._begin_outside()
 
     def add(self, text: str) -> list[str | ToolCall]:
@@ -86,13 +89,17 @@ class ToolCallParser:
         return self._advance()
 
     def finish(self) -> list[str | ToolCall]:
-        """What was held back. A call in a damaged layout (a missing `</parameter>`, say) is read leniently,
-        provided that the text ends with `</tool_call>`: then nothing was cut off."""
+        """What was held back, when the text ends.
+
+        A call may be open because calls inside its values do not pair up, or because its layout is damaged
+        (a missing `</parameter>`, say). If the text ends with `</tool_call>`, so that nothing seems cut off,
+        it is read again: first without pairing, then leniently.
+        """
         out: list[str | ToolCall] = []
-        if self._inside and self._buffer.rstrip().endswith(_BLOCK_END):
-            self._lenient = True
-            self._rewind()
-            out = self._advance()
+        for self._layout in _SECOND_READINGS:
+            if self._inside and self._buffer.rstrip().endswith(_BLOCK_END):
+                self._rewind()
+                out += self._advance()
         held, self._buffer = self._buffer, ""
         if held.strip() or not self._after_call:
             out += [held] if held else []
@@ -183,7 +190,7 @@ class ToolCallParser:
         if name:
             self._parameter_name = name
             on_line = self._buffer.startswith("\n", self._at)
-            self._tags = _LENIENT if self._lenient else _ON_LINES if on_line else _INLINE
+            self._tags = _LENIENT if self._layout == "lenient" else _ON_LINES if on_line else _INLINE
             self._value = self._at + on_line
             self._depth = 0
             self._state = self._in_value
@@ -193,19 +200,24 @@ class ToolCallParser:
         # The newline before the value may be that of its closing tag: an empty value on one line less.
         for match in self._tags.finditer(self._buffer, self._at):
             if match["opens"]:
-                self._depth += not self._lenient
+                self._depth += self._layout == "nested"
             elif self._depth:
                 self._depth -= match["after"] == _BLOCK_END
-            elif match["ends"] is not None or (match["next"] and self._may_follow(match["next"])):
+            elif match["ends"] is not None or self._may_follow(match["next"]):
                 self._end_value(match)
                 return True
             self._at = match.end()
         self._at = max(self._at, len(self._buffer) - _LONGEST_TAG)
         return False
 
+    def _may_follow(self, name: str | None) -> bool:
+        if name is None or name == self._parameter_name or name in self._call.arguments:
+            return False
+        return self._parameters().may_follow(self._parameter_name, name)
+
     def _end_value(self, match: re.Match[str]) -> None:
         text = self._buffer[self._value : max(self._value, match.start())]
-        schema = self._schemas().get(self._parameter_name)
+        schema = self._parameters().schemas.get(self._parameter_name)
         self._call.arguments[self._parameter_name] = parse_argument(text, schema)
         end = match.start("after") if match["next"] is None else match.start("next")
         tag = _FUNCTION_END if match["next"] is None else _PARAMETER
@@ -256,15 +268,8 @@ class ToolCallParser:
         self._emit_text(self._block + 1)
         self._begin_outside()
 
-    def _schemas(self) -> Mapping[str, Any]:
-        return self._parameters.get(self._call.name, _NO_PARAMETERS).schemas
-
-    def _may_follow(self, name: str) -> bool:
-        known = self._parameters.get(self._call.name, _NO_PARAMETERS)
-        if name == self._parameter_name or name in self._call.arguments:
-            return False
-        types = allowed_types(known.schemas.get(self._parameter_name))
-        return known.open or name in known.schemas or (types is not None and "string" not in types)
+    def _parameters(self) -> Parameters:
+        return self._tools.get(self._call.name, ANY_PARAMETERS)
 
     def _emit_text(self, length: int) -> None:
         if length:
@@ -277,26 +282,6 @@ class ToolCallParser:
         self._after_call = True
         self._buffer = self._buffer[end:]
         self._begin_outside()
-
-
-@dataclass(frozen=True, slots=True)
-class _Parameters:
-    """`schemas` by parameter name; `open`: whether parameters beyond them are to be expected."""
-
-    schemas: Mapping[str, Any]
-    open: bool
-
-
-_NO_PARAMETERS = _Parameters({}, open=True)
-
-
-def _parameters_of(tool: Mapping[str, Any]) -> tuple[str, _Parameters]:
-    function = tool.get("function", tool)
-    schema = function.get("parameters") or {}
-    properties = schema.get("properties")
-    if not isinstance(properties, Mapping):
-        return function["name"], _NO_PARAMETERS
-    return function["name"], _Parameters(properties, open=bool(schema.get("additionalProperties", False)))
 
 
 def _read_json_call(text: str) -> ToolCall | None:

@@ -1,4 +1,4 @@
-"""One argument of a tool call: from the text that a model writes to a JSON value, led by the tool's schema.
+"""One argument of a tool call: from the text that a model writes to a JSON value, as the tool's schema says.
 
 The format has no types: templates write strings as they are and everything else as JSON (Qwen3.5 writes
 Python's `True`, `False` and `None`). So `5` may be a string or a number, and only the schema can tell.
@@ -9,11 +9,38 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 _TYPES = frozenset({"string", "integer", "number", "boolean", "null", "object", "array"})
 _PYTHON_LITERALS = {"True": True, "False": False, "None": None}
 UNREADABLE = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """The parameters of a tool: `schemas` by name; `open`: whether others are to be expected as well."""
+
+    schemas: Mapping[str, Any]
+    open: bool
+
+    def may_follow(self, current: str, name: str) -> bool:
+        """Whether `<parameter=name>` after a closing tag in `current` is a parameter rather than text."""
+        types = allowed_types(self.schemas.get(current))
+        return self.open or name in self.schemas or (types is not None and "string" not in types)
+
+
+ANY_PARAMETERS = Parameters({}, open=True)
+
+
+def parameters_of(tool: Mapping[str, Any]) -> tuple[str, Parameters]:
+    """The name of a tool (OpenAI form, or its `function` alone) and its parameters."""
+    function = tool.get("function", tool)
+    schema = function.get("parameters") or {}
+    properties = schema.get("properties")
+    if not isinstance(properties, Mapping):
+        return function["name"], ANY_PARAMETERS
+    return function["name"], Parameters(properties, open=bool(schema.get("additionalProperties", False)))
 
 
 def parse_argument(text: str, schema: object) -> Any:
@@ -124,8 +151,8 @@ def _finite(text: str) -> float:
 
 
 def _as_integer(value: Any) -> Any:
-    """5.0 is an integer to JSON schema; beyond 2^53 a float no longer says which one."""
-    if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+    """5.0 is an integer to JSON schema; from 2^53 on a float no longer says which one."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
     return value
 
