@@ -53,9 +53,9 @@ def cut(tokens: np.ndarray, chunks: Sequence[int]) -> list[np.ndarray]:
 def assert_same(ours: np.ndarray, theirs: np.ndarray, most: float = 5e-3, mean: float = 1e-4) -> None:
     """Two float32 implementations of one model, on random nets with logits of standard deviation 1.6.
 
-    `most`: rounding alone gave up to 2.5e-3 between transformers and mlx-lm, which are both right; `mean`: it gave up
-    to 3.4e-5. A wrong formula (a missing + 1, a swapped half, a wrong angle) gives 0.1 to 10. The likeliest token must
-    be the same everywhere.
+    `most`: rounding alone gave up to 2.5e-3 between transformers and mlx-lm, which are both right; `mean`:
+    it gave up to 3.4e-5. A wrong formula (a missing + 1, a swapped half, a wrong angle) gives 0.1 to 10.
+    The likeliest token must be the same everywhere.
     """
     assert ours.shape == theirs.shape and ours.dtype == np.float32
     difference = np.abs(ours - theirs)

@@ -1,4 +1,5 @@
-"""Records the logits of transformers on small random checkpoints, so that the light suite has a parity check too.
+"""Records the logits of transformers on small random checkpoints, so that the light suite has a parity
+check too.
 
     python tests/parity/record.py        (needs the extra `parity`; rewrites tests/golden/*.npz)
 

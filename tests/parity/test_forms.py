@@ -105,7 +105,7 @@ def test_a_copy_of_the_embedding_as_the_head_of_a_tied_model_is_no_error(tmp_pat
 
 
 def converted_by_hand(source: Recipe) -> dict[str, np.ndarray]:
-    """The tensors of a fused qwen3_5_moe as the MLX format has them: norms with their 1, other names and axes."""
+    """The tensors of a fused qwen3_5_moe in the MLX format: norms with their 1, other names and axes."""
     result: dict[str, np.ndarray] = {}
     shifted = ("input_layernorm.weight", "post_attention_layernorm.weight", "q_norm.weight", "k_norm.weight",
                "language_model.norm.weight")  # fmt: skip
@@ -133,7 +133,7 @@ def converted_by_hand(source: Recipe) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("mtp", [None, "mtp.", "language_model.mtp."])
 @pytest.mark.parametrize("shift", [0.0, 1.0])
 def test_a_converted_checkpoint_equals_the_raw_one_with_or_without_mtp(tmp_path, mtp, shift):
-    # mlx-lm 4eeaf209 added 1 to norms a second time wherever MTP tensors were present (ml-explore/mlx-lm#1623)
+    # mlx-lm 4eeaf209 added 1 to norms again wherever MTP tensors were present (ml-explore/mlx-lm#1623)
     recipe = Recipe("qwen3_5_moe", **SMALL)
     expected = logits(write(tmp_path / "raw", recipe))
     folder = write(tmp_path / "converted", recipe, shards=1)

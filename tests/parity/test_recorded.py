@@ -1,4 +1,5 @@
-"""Our logits against those that transformers gave on the same weights (record.py). Needs neither torch nor transformers."""
+"""Our logits against those that transformers gave on the same weights (record.py). Needs neither torch nor
+transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Logits against transformers (float32, plain PyTorch attention), the implementation that the models were released with."""
+"""Logits against transformers (float32, plain PyTorch attention), the implementation that the models were
+released with."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ RECIPES = {
     "qwen3_moe odd sizes": Recipe("qwen3_moe", **ODD),
     "qwen3_moe yarn": Recipe("qwen3_moe", rope=YARN, context=256),
 }
-# longer than the chunk of 64 in which transformers computes the delta net, and than the original range of YARN
+# longer than the chunks of 64 in which transformers computes the delta net, and than the range of YARN
 LENGTH = 151
 
 
