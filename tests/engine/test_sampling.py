@@ -64,8 +64,8 @@ def sampler(sampling: Sampling, mask: np.ndarray | None = None, seed: int = 0, p
 def assert_drawn_from(tokens: Sequence[mx.array], p: np.ndarray) -> None:
     """Bounds the total variation between N draws and `p`.
 
-    Over m possible tokens it is at most sqrt(m / N) / 2 on average (Cauchy-Schwarz), and it exceeds its average
-    by e with probability exp(-2 N e^2) at most (McDiarmid): e is chosen for 1e-9.
+    Over m possible tokens it is at most sqrt(m / N) / 2 on average (Cauchy-Schwarz), and it exceeds its
+    average by e with probability exp(-2 N e^2) at most (McDiarmid): e is chosen for 1e-9.
     """
     counts = np.bincount(np.array(mx.stack(list(tokens))).reshape(-1), minlength=len(p))
     n = counts.sum()

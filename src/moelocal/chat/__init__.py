@@ -1,0 +1,1 @@
+"""The chat program: `python -m moelocal.chat`, or `moelocal chat`."""
