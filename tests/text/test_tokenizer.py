@@ -172,7 +172,7 @@ def test_more_tokens_than_rows(byte_level: Tokenizer) -> None:
         byte_level.token_mask(10)
 
 
-@pytest.mark.parametrize("token", [-1, 10**6])
+@pytest.mark.parametrize("token", [-1, 10**6, 2**32, 2**70])
 def test_unknown_id(tokenizer: Tokenizer, token: int) -> None:
     message = f"token id {token} is not in the vocabulary of {tokenizer.size} tokens"
     with pytest.raises(TokenizerError, match=re.escape(message)):
@@ -209,6 +209,14 @@ def test_damaged_json(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(TokenizerError, match=re.escape(f"{path}: not a readable tokenizer file (")):
         Tokenizer.open(tmp_path)
+
+
+def test_no_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(models.BPE()).save(str(path))
+    with pytest.raises(TokenizerError) as caught:
+        Tokenizer.open(tmp_path)
+    assert str(caught.value) == f"{path}: not a readable tokenizer file (it has no tokens); download it again"
 
 
 def test_unknown_decoder(tmp_path: Path) -> None:

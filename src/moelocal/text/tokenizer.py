@@ -7,7 +7,7 @@ so that the streaming `Detokenizer` and `Tokenizer.decode` cannot differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -30,19 +30,20 @@ class Vocabulary(Protocol):
         """Ids of a text in which the strings of added tokens stand for those tokens."""
 
     def piece(self, token: int) -> tuple[bytes, bool] | None:
-        """The bytes that a token writes and whether it is a special token; None where no token has this
-        id."""
+        """The bytes that a token writes, and whether it is special; None for an id without a token."""
 
-    def ids(self) -> Mapping[str, int]:
-        """Every token string with its id."""
+    def id_of(self, string: str) -> int | None:
+        """The id of the token of this name."""
+
+    def ids(self) -> Iterable[int]:
+        """The ids of all tokens, added ones included."""
 
 
 class Tokenizer:
-    """Encodes and decodes; knows which ids are tokens. Special tokens are those marked `special` in the
-    files.
+    """Encodes and decodes; knows which ids are tokens.
 
-    Added tokens that are not special, such as `<think>` and `<tool_call>` of the Qwen models, always stay in
-    the text.
+    Special tokens are those marked so in the files; decoding leaves them out. Added tokens that are not
+    special, such as `<think>` and `<tool_call>` of the Qwen models, always stay in the text.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -66,8 +67,7 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. Strings of special tokens become those tokens; no begin-of-text token is
-        added.
+        """Token ids of `text`. Strings of special tokens become those tokens; no token is put before it.
 
         Raises TokenizerError when the text holds a lone surrogate, which no encoding of text can express.
         """
@@ -101,16 +101,16 @@ class Tokenizer:
 
     def is_token(self, token: int) -> bool:
         """Whether this id is a token (a vocabulary is often padded to more rows than it has tokens)."""
-        return token in self.tokens
+        return self._vocabulary.piece(token) is not None
 
     def id_of(self, string: str) -> int | None:
         """The id of the token written exactly like this in the vocabulary, such as `<|im_end|>`."""
-        return self._vocabulary.ids().get(string)
+        return self._vocabulary.id_of(string)
 
     @cached_property
     def tokens(self) -> frozenset[int]:
         """All ids that are tokens."""
-        return frozenset(self._vocabulary.ids().values())
+        return frozenset(self._vocabulary.ids())
 
     @property
     def size(self) -> int:
@@ -118,8 +118,7 @@ class Tokenizer:
         return len(self.tokens)
 
     def token_mask(self, rows: int) -> npt.NDArray[np.bool_]:
-        """[rows] bool: True where a row of the output matrix is a token. Rows that are False must not be
-        sampled.
+        """[rows] bool: True where a row of the output matrix is a token. Only those may be sampled.
 
         Raises TokenizerError when the tokenizer has an id beyond the last row.
         """

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte-fallback token
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The table of GPT-2: printable Latin-1 characters stand for themselves, other bytes for U+0100 and
-    up."""
+    """GPT-2's table: printable Latin-1 characters stand for themselves, other bytes for U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -44,9 +42,9 @@ class JsonVocabulary:
     def open(cls, path: Path) -> JsonVocabulary:
         """Raises TokenizerError when the file is damaged or decodes by a rule that is unknown here."""
         try:
-            text = path.read_text(encoding="utf-8")
-            tokenizer = tokenizers.Tokenizer.from_str(text)
-            content = json.loads(text)
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            if tokenizer.get_vocab_size() == 0:
+                raise ValueError("it has no tokens")
         except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
             raise TokenizerError(
                 f"{path}: not a readable tokenizer file ({error}); download it again"
@@ -54,7 +52,8 @@ class JsonVocabulary:
         # A file may carry the settings of a training run, which would cut or pad prompts silently.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        decoder = content.get("decoder") or {}
+        # The state of the decoder object is its JSON: cheaper than reading a file of many megabytes twice.
+        decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {}
         parts = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
         kinds = {part.get("type") for part in parts}
         if "ByteLevel" in kinds:
@@ -75,7 +74,7 @@ class JsonVocabulary:
         added = self._added.get(token)
         if added is not None:
             return added.content.encode("utf-8"), added.special
-        string = self._tokenizer.id_to_token(token) if token >= 0 else None
+        string = self._tokenizer.id_to_token(token) if 0 <= token < 1 << 32 else None
         if string is None:
             return None
         if not self._byte_level:
@@ -84,13 +83,13 @@ class JsonVocabulary:
             return bytes(self._byte_of[character] for character in string), False
         return string.encode("utf-8"), False
 
-    def ids(self) -> Mapping[str, int]:
-        return self._ids
+    def id_of(self, string: str) -> int | None:
+        token: int | None = self._tokenizer.token_to_id(string)
+        return token
 
-    @cached_property
-    def _ids(self) -> dict[str, int]:
+    def ids(self) -> Iterable[int]:
         ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        return ids
+        return ids.values()
 
 
 def _strips_first_space(decoder: Mapping[str, Any]) -> bool:
@@ -118,14 +117,14 @@ class SentencePieceVocabulary:
         self, processor: sentencepiece.SentencePieceProcessor, added: Mapping[int, tuple[str, bool]]
     ) -> None:
         self._processor = processor
+        self._strings: list[str] = [processor.id_to_piece(token) for token in range(processor.vocab_size())]
         self._added = dict(added)
-        for token in range(processor.vocab_size()):
+        for token, string in enumerate(self._strings):
             if processor.is_control(token):
-                self._added.setdefault(token, (processor.id_to_piece(token), True))
-        strings = {string: token for token, (string, _) in self._added.items()}
-        self._id_of_added = strings
-        longest_first = sorted(strings, key=len, reverse=True)
-        self._cut = re.compile("|".join(map(re.escape, longest_first))) if strings else None
+                self._added.setdefault(token, (string, True))
+        self._id_of_added = {string: token for token, (string, _) in self._added.items()}
+        longest_first = sorted(self._id_of_added, key=len, reverse=True)
+        self._cut = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self.strips_first_space = self._probe_first_space()
 
     @classmethod
@@ -133,13 +132,13 @@ class SentencePieceVocabulary:
         """Raises TokenizerError when `path` or the `tokenizer_config.json` beside it is damaged."""
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-        except (OSError, RuntimeError) as error:
+            if processor.vocab_size() == 0:
+                raise RuntimeError("it has no tokens")
+            return cls(processor, _added_tokens(path.with_name("tokenizer_config.json")))
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:
             raise TokenizerError(
                 f"{path}: not a readable sentencepiece model ({error}); download it again"
             ) from error
-        if processor.vocab_size() == 0:
-            raise TokenizerError(f"{path}: the sentencepiece model has no tokens; download it again")
-        return cls(processor, _added_tokens(path.with_name("tokenizer_config.json")))
 
     def encode(self, text: str) -> list[int]:
         tokens: list[int] = []
@@ -154,31 +153,31 @@ class SentencePieceVocabulary:
         if token in self._added:
             string, special = self._added[token]
             return string.encode("utf-8"), special
-        if not 0 <= token < self._processor.vocab_size():
+        if not 0 <= token < len(self._strings):
             return None
         if self._processor.is_unknown(token):
             return self._processor.decode([token]).encode("utf-8"), False
-        return _sentencepiece_bytes(self._processor.id_to_piece(token)), False
+        return _sentencepiece_bytes(self._strings[token]), False
 
-    def ids(self) -> Mapping[str, int]:
-        return self._ids
+    def id_of(self, string: str) -> int | None:
+        if string in self._id_of_added:
+            return self._id_of_added[string]
+        token = self._processor.piece_to_id(string)  # the id of the unknown token if there is no such piece
+        return token if self._strings[token] == string else None
 
-    @cached_property
-    def _ids(self) -> dict[str, int]:
-        size = self._processor.vocab_size()
-        return {self._processor.id_to_piece(token): token for token in range(size)} | self._id_of_added
+    def ids(self) -> Iterable[int]:
+        return {*range(len(self._strings)), *self._added}
 
     def _probe_first_space(self) -> bool:
         """Ask the model by decoding one token: its normalizer settings are not in the public interface."""
-        for token in range(self._processor.vocab_size()):
-            if self._processor.id_to_piece(token).startswith(_SPACE):
+        for token, string in enumerate(self._strings):
+            if string.startswith(_SPACE):
                 return not self._processor.decode([token]).startswith(" ")
         return False
 
 
 def _added_tokens(path: Path) -> dict[int, tuple[str, bool]]:
-    """`added_tokens_decoder` of a tokenizer_config.json: id to string and `special`. Empty without the
-    file."""
+    """`added_tokens_decoder` of tokenizer_config.json, id to string and `special`; empty without it."""
     if not path.is_file():
         return {}
     try:
