@@ -13,7 +13,7 @@ PACKAGE = Path(moelocal.__file__).parent
 
 # a module imports only from what stands to its left, or from its own package
 ORDER = (
-    *("errors", "config", "formats", "metal", "ops", "checkpoint", "cache", "layers", "model", "hub"),
+    *("errors", "config", "formats", "metal", "ops", "checkpoint", "cache", "layers", "model", "hub", "survey"),
     *("quantize", "text", "engine", "evaluate", "chat", "cli"),
 )
 LAST = ("__init__", "__main__")

@@ -22,7 +22,8 @@ from moelocal.ops.op import forced, on_cpu
 class Decoder:
     """Embedding, blocks, final norm, head. Weights in the formats of the checkpoint, activations in `dtype`."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, evaluate: bool = True) -> None:
+        """Without `evaluate` the weights stay lazy: enough to know that a checkpoint fits."""
         config = checkpoint.config
         self.config, self.dtype = config, dtype
         root = checkpoint.root()
@@ -30,15 +31,16 @@ class Decoder:
         self.blocks: list[Block] = []
         for index, spec in enumerate(config.layers):
             block = Block(root.at(f"layers.{index}"), spec, config.hidden, config.norm_eps, dtype)
-            # evaluated one by one: what a fusion was made of is freed before the next layer is read
-            mx.eval(block.arrays)
+            if evaluate:  # one by one: what a fusion was made of is freed before the next layer is read
+                mx.eval(block.arrays)
             self.blocks.append(block)
         self.norm = root.array("norm.weight", (config.hidden,))
         self.head = (
             self.embedding if config.tied else root.matrix("lm_head", config.vocab, config.hidden, dtype)
         )
         checkpoint.require_all_used()
-        mx.eval(self.norm, *arrays_of(self.embedding), *arrays_of(self.head))
+        if evaluate:
+            mx.eval(self.norm, *arrays_of(self.embedding), *arrays_of(self.head))
 
     @classmethod
     def open(cls, folder: Path, dtype: mx.Dtype | None = None) -> Decoder:

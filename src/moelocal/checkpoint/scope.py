@@ -22,7 +22,10 @@ _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 @dataclass(slots=True)
 class Checkpoint:
-    """The weights of a folder, opened: headers checked, nothing read yet."""
+    """The weights of a folder, opened: headers checked, nothing read yet.
+
+    `used`: tensors handed out so far; `formats`: how the matrices among them are stored, in words.
+    """
 
     folder: Path
     config: ModelConfig
@@ -30,6 +33,7 @@ class Checkpoint:
     sources: Mapping[str, Source]
     skipped: Mapping[str, tuple[str, ...]]
     used: set[str] = field(default_factory=set)
+    formats: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path, config: ModelConfig) -> Checkpoint:
@@ -105,6 +109,7 @@ class Scope:
             self._require(source, (*lead, rows, cols), _FLOATS)
             if plan is not None and plan.paths.get(path) is not None:
                 plan.check(path, None)
+            self.checkpoint.formats[path] = str(source.dtype).removeprefix("mlx.core.")
             return source.read().astype(dtype)
         weight, scales = self._take(f"{name}.weight"), self._take(f"{name}.scales")
         if plan is None:
@@ -113,6 +118,7 @@ class Scope:
         self._require(weight, (*lead, rows, *weight.shape[-1:]), (mx.uint32,))
         spec = infer_spec(path, weight.shape[-1], scales.shape[-1], scales.dtype, cols)
         plan.check(path, spec)
+        self.checkpoint.formats[path] = f"{spec.mode} {spec.bits} bits in groups of {spec.group}"
         biases = None
         if spec.has_biases:
             stored = self._take(f"{name}.biases")
