@@ -298,6 +298,7 @@ def test_a_second_function_that_is_cut_off_is_text() -> None:
         "<tool_call>\n<function=f>\n</function> and so on </tool_call>",
         f"<tool_call>\n<function={'f' * 200}>\n</function>\n</tool_call>",
         "<function=f>\n</function>",
+        "<tool_call>" + "\n" * 300,
         "</tool_call>",
         '<tool_call>\n{"name": "f"\n</tool_call>',
         '<tool_call>\n{"name": 3, "arguments": {}}\n</tool_call>',

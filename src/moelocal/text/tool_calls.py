@@ -238,15 +238,15 @@ class ToolCallParser:
 
     def _tag(self, *tags: str) -> str | None:
         """Skip white space and say which tag comes; "" if none of them can, None while it is open."""
-        at = self._at
-        while at < len(self._buffer) and self._buffer[at].isspace():
-            at += 1
+        ahead = self._buffer[self._at : self._at + _LONGEST_TAG]
+        rest = ahead.lstrip()
         for tag in tags:
-            if self._buffer.startswith(tag, at):
-                self._at = at
+            if rest.startswith(tag):
+                self._at += len(ahead) - len(rest)
                 return tag
-        rest = self._buffer[at : at + _LONGEST_TAG]
-        return None if any(tag.startswith(rest) for tag in tags) else ""
+        # A run of white space without end is no call, and must not be looked at again and again.
+        possible = len(ahead) < _LONGEST_TAG and any(tag.startswith(rest) for tag in tags)
+        return None if possible else ""
 
     def _name(self, skip: int) -> str | None:
         """The name in a tag whose beginning takes `skip` characters; "" if there is none, None while it is
