@@ -1,8 +1,8 @@
-"""`python -m moelocal.chat`: the same as `moelocal chat`."""
+"""`python -m moelocal.chat`."""
 
 import sys
 
-from moelocal.cli import main
+from moelocal.chat.command import main
 
 if __name__ == "__main__":
-    sys.exit(main(["chat", *sys.argv[1:]], program="python -m moelocal"))
+    sys.exit(main())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import moelocal
 from moelocal.chat import conversation as files
@@ -17,8 +17,8 @@ from moelocal.chat.screen import Screen
 from moelocal.errors import MoelocalError, RequestError
 
 if TYPE_CHECKING:
-    from moelocal.engine.completion import Completion
-    from moelocal.model import Model
+    from moelocal.engine.completion import Completion, Event
+    from moelocal.engine.load import Model
 
 HELP = """\
 /help              this list
@@ -113,7 +113,7 @@ class Chat:
                 self.model, prompt, thinking=self.conversation.thinking, raw=self.raw, **self.options
             )
             # Closing the stream is what stops the generation.
-            with contextlib.closing(stream):
+            with contextlib.closing(cast("Generator[Event]", stream)):
                 for event in stream:
                     reasoning += event.reasoning
                     answer += event.text
