@@ -211,7 +211,8 @@ class _Fields:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        # the upper bound keeps products of two such numbers finite
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
             raise ConfigError(f"{self.where}: {key}: expected a positive number, got {value!r}")
         return float(value)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from moelocal.errors import CheckpointError, ConfigError
 _ITEM_SIZE: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
                      "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}  # fmt: skip
 _MOST_HEADER: Final = 100_000_000
+_SHARD: Final = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,8 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{index}: weight_map: expected an object of file names")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(f"{index}: weight_map: {name!r} is not a plain file name")
+        if not _SHARD.fullmatch(name):
+            raise CheckpointError(f"{index}: weight_map: {name!r} is not the name of a safetensors file")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing; the index names it. Download the model again")
     return [folder / name for name in names]
@@ -77,11 +79,12 @@ def read_header(file: Path) -> list[Entry]:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            head = stream.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else None
-            if length is None or length > size - 8 or length > _MOST_HEADER:
+            if size < 8:
+                raise CheckpointError(f"{file}: only {size} bytes: cut off, or no safetensors file")
+            length = struct.unpack("<Q", stream.read(8))[0]
+            if length > size - 8 or length > _MOST_HEADER:
                 raise CheckpointError(
-                    f"{file}: header of {length} bytes in a file of {size} bytes: cut off or no safetensors file"
+                    f"{file}: header of {length} bytes in a file of {size} bytes: cut off, or no safetensors file"
                 )
             text = stream.read(length)
     except OSError as error:
