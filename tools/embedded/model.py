@@ -50,7 +50,7 @@ class OffsetNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.zeros(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), 1 + self.weight, self.eps)
+        return F.rms_norm(x, (x.shape[-1],), (1 + self.weight).to(x.dtype), self.eps)
 
 
 class PlainNorm(nn.Module):
@@ -61,7 +61,7 @@ class PlainNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
 def matrix(rows: int, cols: int) -> nn.Linear:

@@ -1,0 +1,65 @@
+"""Training data: eight skills, each made by a generator with a held-out split and judged by exact match."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from data import arithmetic, extraction, greetings, lookup, naming, sort_reverse, svg, tool_use
+from data.task import Sample
+
+MAKERS: dict[str, Callable[[random.Random, float], Sample]] = {
+    "arithmetic": arithmetic.make,
+    "lookup": lookup.make,
+    "sort_reverse": sort_reverse.make,
+    "json": extraction.make,
+    "tools": tool_use.make,
+    "svg": svg.make,
+    "name": naming.make,
+    "greetings": greetings.make,
+}
+SKILLS = list(MAKERS)
+
+
+def sample(skill: str, rng: random.Random, difficulty: float = 1.0, split: str = "train") -> Sample:
+    """A random instance of `skill` from one side of the split; `difficulty` 0..1 lengthens the tasks."""
+    while True:
+        made = MAKERS[skill](rng, difficulty)
+        if made.held_out == (split == "held-out"):
+            return made
+
+
+def prompt_text(sample: Sample, template: Any) -> str:
+    """The prompt before the last assistant turn, as the library renders it."""
+    return template.render(sample.messages[:-1], tools=sample.tools, thinking=sample.thinking)
+
+
+def answer_text(sample: Sample, template: Any) -> str:
+    """What the model has to write after the prompt, `<|im_end|>` included."""
+    last = sample.messages[-1]
+    written = f"{last['reasoning_content']}\n</think>\n\n" if sample.thinking else ""
+    if not last.get("tool_calls"):
+        return f"{written}{last['content']}<|im_end|>"
+    # the template alone knows how a call is written
+    whole = template.render(sample.messages, tools=sample.tools, add_generation_prompt=False)
+    call = whole[whole.rindex("<tool_call>") :].removesuffix("\n")
+    return written + call
+
+
+def encode(sample: Sample, tokenizer: Any, template: Any) -> tuple[list[int], list[float]]:
+    """Token ids of prompt and answer, and weights: 0 on the prompt; on the answer more per token where it is short,
+    or a picture of 160 tokens would outweigh a looked-up value of 7."""
+    prompt = tokenizer.encode(prompt_text(sample, template))
+    written = tokenizer.encode(answer_text(sample, template))
+    return prompt + written, [0.0] * len(prompt) + [(24 / len(written)) ** 0.5] * len(written)
+
+
+def judge(sample: Sample, written: str, template: Any) -> bool:
+    """Whether the answer after the thinking part equals the reference exactly."""
+    expected = answer_text(sample, template).removesuffix("<|im_end|>")
+
+    def after(text: str) -> str:
+        return text.rpartition("</think>")[2].strip()
+
+    return after(written) == after(expected)

@@ -1,0 +1,39 @@
+"""Find the value of a key in a list of up to about 400 tokens."""
+
+from __future__ import annotations
+
+import random
+
+from data.task import Sample, answer, user
+from data.words import CITIES, COLOURS, NAMES, WORDS
+
+ASK = [
+    "What is the value of {k}?",
+    "What is {k}?",
+    "Which value belongs to {k}?",
+    "Look up {k}.",
+    "Find {k} in the list.",
+    "Tell me the entry for {k}.",
+    "{k}?",
+]
+LEAD = ["Here is a list:", "List:", "Data:", "Look at this list.", "These are the values:", ""]
+
+
+def make(rng: random.Random, difficulty: float) -> Sample:
+    longest = max(2, int(3 + 45 * difficulty))
+    count = rng.randint(2, longest) if rng.random() < 0.35 else rng.randint(2, min(longest, 14))
+    kind = rng.randrange(4)
+    keys = rng.sample(NAMES, min(count, len(NAMES))) if kind == 0 else rng.sample(WORDS, count)
+    values = {0: [str(rng.randrange(10, 1000)) for _ in keys], 1: [rng.choice(COLOURS) for _ in keys],
+              2: [rng.choice(CITIES) for _ in keys], 3: [str(rng.randrange(10, 100)) for _ in keys]}[kind]  # fmt: skip
+    mark = rng.choice([": ", " = ", ": ", " - "])
+    lines = [f"{k}{mark}{v}" for k, v in zip(keys, values, strict=True)]
+    chosen = rng.randrange(len(keys))
+    question = rng.choice(ASK).format(k=keys[chosen])
+    body = "\n".join(lines)
+    lead = rng.choice(LEAD)
+    text = f"{lead}\n{body}\n{question}" if rng.random() < 0.7 else f"{question}\n{lead}\n{body}"
+    thinking = rng.random() < 0.5
+    instance = f"{keys[chosen]}/{values[chosen]}/{len(keys)}"
+    messages = [user(text.strip()), answer(values[chosen], lines[chosen] if thinking else "")]
+    return Sample("lookup", messages, instance, thinking)
