@@ -32,7 +32,6 @@ def call(arguments: object, **more: Any) -> dict[str, Any]:
 
 def test_a_string_is_a_user_message() -> None:
     assert prepare("Hi") == [HI]
-    assert prepare("") == [{"role": "user", "content": ""}]
 
 
 def test_what_is_fine_stays() -> None:
@@ -151,6 +150,7 @@ def test_the_input_is_not_changed() -> None:
 @pytest.mark.parametrize(
     ("messages", "error"),
     [
+        ("", "the prompt is empty"),
         ([], "messages must be a text or a non-empty list of messages"),
         (None, "messages must be a text or a non-empty list of messages"),
         ({"role": "user"}, "messages must be a text or a non-empty list of messages"),
@@ -226,7 +226,7 @@ def test_the_input_is_not_changed() -> None:
         ),
         (
             [HI, assistant(tool_calls=[call({"a>": 1})])],
-            "message 1, tool call 0: 'a>' cannot be the name of an argument",
+            "message 1, tool call 0: 'a>' cannot be the name of a parameter",
         ),
         (
             [HI, assistant(tool_calls=[call({"a": {1}})])],
@@ -307,6 +307,10 @@ def test_flat_tools() -> None:
         (
             [{"name": "f", "parameters": {"default": float("nan")}}],
             "tool 0: must hold JSON values only (",
+        ),
+        (
+            [{"name": "f", "parameters": {"properties": {"a\nb": {}}}}],
+            "tool 0: 'a\\nb' cannot be the name of a parameter",
         ),
         ([WEATHER, WEATHER], "two tools have the name 'get_weather'"),
     ],

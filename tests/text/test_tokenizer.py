@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from moelocal.errors import TokenizerError
+from moelocal.text.generation_config import GenerationDefaults
 from moelocal.text.tokenizer import Tokenizer
 from text.small_tokenizers import NOT_SPECIAL, SAMPLES, SPECIAL, trained_byte_level, trained_sentencepiece
 
@@ -68,6 +70,21 @@ def test_the_first_space_of_sentencepiece(tmp_path: Path, settings_of_model: dic
     for text in ("the dog", " the dog", "dog"):
         tokens = tokenizer.encode(text)
         assert tokenizer.decode(tokens) == library.decode(tokens)
+
+
+EMBEDDED = Path(str(files("moelocal"))) / "embedded"
+
+
+@pytest.mark.skipif(not (EMBEDDED / "tokenizer.json").is_file(), reason="no embedded model in this checkout")
+def test_the_embedded_tokenizer() -> None:
+    tokenizer = Tokenizer.open(EMBEDDED)
+    for text in SAMPLES:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    for string in (*SPECIAL, *NOT_SPECIAL):
+        assert tokenizer.encode(string) == [tokenizer.id_of(string)]
+    assert tokenizer.decode(tokenizer.encode("".join(SPECIAL + NOT_SPECIAL))) == "".join(NOT_SPECIAL)
+    defaults = GenerationDefaults.open(EMBEDDED, ())
+    assert tokenizer.id_of("<|im_end|>") in defaults.stop_tokens <= tokenizer.tokens
 
 
 def test_special_tokens_are_parsed_and_left_out(byte_level: Tokenizer) -> None:

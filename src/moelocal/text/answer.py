@@ -37,8 +37,10 @@ class AnswerParser:
         stops: Sequence[str] = (),
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        """`thinking_open`: the prompt ended inside `<think>`. Raises RequestError for an empty stop
-        string."""
+        """`thinking_open`: the prompt ended inside `<think>`.
+
+        Raises RequestError for an empty stop string.
+        """
         self._reasoning = ReasoningSplitter(thinking_open, calls_end_it=bool(tools))
         self._calls = ToolCallParser(tools) if tools else None
         self._stops = StopStrings(stops)

@@ -11,8 +11,7 @@ class Detokenizer:
     """Feeds on one token at a time and gives back the text that is certain.
 
     A character whose bytes are spread over several tokens comes out with its last byte. U+FFFD appears only
-    for bytes that cannot be part of any UTF-8 text. The joined output equals `Tokenizer.decode` of all
-    tokens.
+    for bytes that cannot be part of any UTF-8 text. Joined, the output equals `Tokenizer.decode`.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

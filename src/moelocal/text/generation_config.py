@@ -37,7 +37,7 @@ class GenerationDefaults:
         """Read `generation_config.json`; without the file, the stop set is `config_eos` and no sampling is
         given.
 
-        Unknown keys are ignored. Raises ConfigError for a file that is no JSON object or a value of a wrong
+        Unknown keys are ignored. Raises ConfigError for a file that is no JSON object, or a value of a wrong
         type.
         """
         path = folder / "generation_config.json"

@@ -18,8 +18,7 @@ class JsonObjectScanner:
         self._found: int | None = None
 
     def end(self, text: str) -> int | None:
-        """The position after the object, None while it is open. `text` is what was given before, or
-        longer."""
+        """The position after the object, None while it is open. `text` may only grow between calls."""
         while self._found is None and (mark := _MARKS.search(text, self._at)):
             if mark[0] == "\\":
                 if mark.end() == len(text):

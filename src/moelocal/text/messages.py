@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moelocal.errors import RequestError
@@ -16,8 +16,9 @@ _SYSTEM = ("system", "developer")
 _ROLES = (*_SYSTEM, "user", "assistant", "tool")
 _KEYS = ("role", "content", "reasoning_content", "reasoning", "tool_calls", "tool_call_id", "name")
 _MEDIA = ("image", "image_url", "input_image", "video", "video_url", "audio", "input_audio")
-# A name stands inside <function=NAME>, so it must not end that tag or its line.
+# Names stand inside <function=NAME> and <parameter=NAME>, so they must not end that tag or its line.
 _NAME = re.compile(r"[^\s<>]{1,128}")
+_PARAMETER_NAME = re.compile(r"[^>\n]{1,128}")
 
 
 def prepare(messages: Sequence[Mapping[str, Any]] | str) -> list[dict[str, Any]]:
@@ -28,14 +29,17 @@ def prepare(messages: Sequence[Mapping[str, Any]] | str) -> list[dict[str, Any]]
     - System and developer messages at the beginning are joined by an empty line into one system message.
     - A later one would make strict templates raise. It is folded into the conversation at its place, as
       `<system>\\n...\\n</system>`: before the text of the user message that follows it, else after the text
-      of the user message before it, else as a user message of its own. The beginning of the prompt stays what
-      it was, so a prefix cache keeps its use.
+      of the user message before it, else as a user message of its own. (Templates that drop the reasoning of
+      earlier questions count such a message as a question.) The beginning of the prompt stays what it was, so
+      a prefix cache keeps its use.
     - Keys with the value None count as absent, because clients send them so.
 
-    Raises RequestError naming the message for everything that is malformed, for images and other media, and
-    when there is no user message.
+    Raises RequestError naming the message for everything that is malformed, for images and other media, for
+    an empty prompt, and when there is no user message.
     """
     if isinstance(messages, str):
+        if not messages:
+            raise RequestError("the prompt is empty")
         messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, Sequence) or not messages:
         raise RequestError("messages must be a text or a non-empty list of messages")
@@ -51,8 +55,7 @@ def prepare(messages: Sequence[Mapping[str, Any]] | str) -> list[dict[str, Any]]
 
 
 def prepare_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """Tools as {"type": "function", "function": {"name", "description", "parameters"}}, copied; None if there
-    are none.
+    """Copies of the tools as {"type": "function", "function": {"name", ...}}; None if there are none.
 
     The flat form {"type": "function", "name", ...} is accepted too. Key order is kept, as templates print it.
     Raises RequestError naming the tool for anything malformed, and for two tools of one name.
@@ -191,9 +194,7 @@ def _arguments(where: str, arguments: object) -> dict[str, Any]:
             raise RequestError(f"{where}: arguments are not JSON ({error})") from error
     if not isinstance(arguments, Mapping):
         raise RequestError(f"{where}: arguments must be an object, found {type(arguments).__name__}")
-    for parameter in arguments:
-        if not isinstance(parameter, str) or not parameter or re.search(r"[>\n]", parameter):
-            raise RequestError(f"{where}: {parameter!r} cannot be the name of an argument")
+    _parameter_names(where, arguments)
     try:
         json.dumps(arguments, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -216,11 +217,20 @@ def _tool(where: str, tool: object) -> dict[str, Any]:
     parameters = function.get("parameters")
     if parameters is not None and not isinstance(parameters, Mapping):
         raise RequestError(f"{where}: parameters must be a JSON schema, found {type(parameters).__name__}")
+    properties = parameters.get("properties") if parameters else None
+    if isinstance(properties, Mapping):
+        _parameter_names(where, properties)
     try:
         json.dumps(tool, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"{where}: must hold JSON values only ({error})") from error
     return copy.deepcopy(dict(tool))
+
+
+def _parameter_names(where: str, names: Iterable[object]) -> None:
+    for name in names:
+        if not isinstance(name, str) or not _PARAMETER_NAME.fullmatch(name):
+            raise RequestError(f"{where}: {name!r} cannot be the name of a parameter")
 
 
 def _name(where: str, name: object) -> str:

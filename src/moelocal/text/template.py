@@ -33,14 +33,16 @@ _SPECIAL_TOKENS = (
 
 
 class ChatTemplate:
-    """A compiled template. `tool_source` is the template for requests with tools, where a checkpoint has its
-    own."""
+    """A compiled chat template."""
 
     def __init__(
         self, source: str, *, tool_source: str | None = None, variables: Mapping[str, Any] | None = None
     ) -> None:
-        """`variables` are visible to the template, such as `bos_token`. Raises TemplateError if it does not
-        compile."""
+        """`tool_source`: the template for requests with tools, where a checkpoint has its own. `variables`:
+        what templates may read, such as `bos_token`.
+
+        Raises TemplateError if a template does not compile.
+        """
         self.source = source
         self._template = _compile(source)
         self._tool_template = self._template if tool_source is None else _compile(tool_source)
@@ -135,6 +137,8 @@ def _compile(source: str) -> jinja2.Template:
         ) from error
     except RecursionError as error:
         raise TemplateError("the chat template does not compile: it is nested too deeply") from error
+    except Exception as error:  # of the Python that jinja2 generates, as for a lone break
+        raise TemplateError(f"the chat template does not compile: {_message(error)}") from error
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -217,8 +221,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _named_templates(path: Path, entries: Any) -> dict[str, str]:
-    """A list of {"name", "template"} objects, or an object from name to template, as older checkpoints have
-    it."""
+    """Older checkpoints have a list of {"name", "template"} objects, or an object from name to template."""
     if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
         entries = {entry.get("name"): entry.get("template") for entry in entries}
     if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):

@@ -249,8 +249,7 @@ class ToolCallParser:
         return None if possible else ""
 
     def _name(self, skip: int) -> str | None:
-        """The name in a tag whose beginning takes `skip` characters; "" if there is none, None while it is
-        open."""
+        """The name that follows after `skip` characters; "" if there is none, None while it is open."""
         match = _NAME.match(self._buffer, self._at + skip)
         if match:
             self._at = match.end()
