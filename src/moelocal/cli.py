@@ -87,13 +87,13 @@ def _inspect(parsed: argparse.Namespace) -> None:
 def _described(config: ModelConfig) -> str:
     layers = len(config.layers)
     attention = sum(isinstance(layer.mixer, AttentionSpec) for layer in config.layers)
-    feed_forward = config.layers[0].mlp
-    if isinstance(feed_forward, MoESpec):
-        mlp = f"{feed_forward.experts} experts of width {feed_forward.width}, {feed_forward.per_token} per token"
-        if feed_forward.shared_width:
-            mlp += f", and a shared one of width {feed_forward.shared_width}"
+    first = config.layers[0].mlp
+    if isinstance(first, MoESpec):
+        mlp = f"{first.experts} experts of width {first.width}, {first.per_token} per token"
+        if first.shared_width:
+            mlp += f", and a shared one of width {first.shared_width}"
     else:
-        mlp = f"dense, width {feed_forward.width}"
+        mlp = f"dense, width {first.width}"
     return (
         f"architecture {config.architecture}\n"
         f"layers       {layers}: {layers - attention} delta net, {attention} attention\n"

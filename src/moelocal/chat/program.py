@@ -225,8 +225,10 @@ def summary(done: Completion) -> str:
 
 
 def size(nbytes: int) -> str:
-    """Bytes for people: "12 MB", "21.4 GB"."""
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
+    """Bytes for people: "0.3 MB", "12 MB", "21.4 GB"."""
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:.1f} GB"
+    return f"{nbytes / 1e6:.{0 if nbytes >= 1e7 else 1}f} MB"
 
 
 def _assistant(answer: str, reasoning: str, done: Completion | None) -> Message:
