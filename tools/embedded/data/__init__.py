@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from data import arithmetic, extraction, greetings, lookup, naming, sort_reverse, svg, tool_use
-from data.task import Sample
+from data.task import Sample as Sample
 
 MAKERS: dict[str, Callable[[random.Random, float], Sample]] = {
     "arithmetic": arithmetic.make,
