@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,16 @@ def test_or_stands_alone() -> None:
     assert prepare(messages) == [HI, assistant(), {"role": "user", "content": "<system>\nb\n</system>"}]
 
 
+EMBEDDED = Path(str(files("moelocal"))) / "embedded" / "chat_template.jinja"
 ROLES = st.sampled_from(["system", "developer", "user", "assistant", "tool"])
 
 
+@pytest.mark.skipif(not EMBEDDED.is_file(), reason="no embedded model in this checkout")
 @given(roles=st.lists(ROLES, min_size=1, max_size=8).filter(lambda roles: "user" in roles))
-def test_no_order_of_roles_upsets_a_strict_template(templates: Path, roles: list[str]) -> None:
-    source = (templates / "qwen3.6_chat_template.jinja").read_text(encoding="utf-8")
+def test_no_order_of_roles_upsets_a_strict_template(roles: list[str]) -> None:
+    template = ChatTemplate(EMBEDDED.read_text(encoding="utf-8"))
     messages = [{"role": role, "content": f"text {index}"} for index, role in enumerate(roles)]
-    rendered = ChatTemplate(source).render(prepare(messages))
+    rendered = template.render(prepare(messages))
     for message in messages:
         assert message["content"] in rendered
 
