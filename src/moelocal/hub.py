@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from moelocal.errors import ModelNotFound
 
@@ -35,9 +35,11 @@ def resolve(
 
 def _download(name: str, revision: str | None, offline: bool, progress: bool) -> Path:
     # imported here: it costs a tenth of a second that runs with local weights need not pay
-    import httpx
     import huggingface_hub
     from huggingface_hub import errors, utils
+
+    # huggingface_hub 1 is built on httpx, 2 on httpx2: the base of their errors is reached through its own
+    http_error = cast(type[Exception], errors.HfHubHTTPError.__bases__[0])
 
     was_disabled = utils.are_progress_bars_disabled()
     if not progress:
@@ -66,7 +68,7 @@ def _download(name: str, revision: str | None, offline: bool, progress: bool) ->
             f"{where}: not in the local cache, "
             + ("and offline was asked for" if offline else "and huggingface.co cannot be reached")
         ) from None
-    except (errors.HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+    except (errors.HfHubHTTPError, http_error, OSError, ValueError) as error:
         raise ModelNotFound(f"{where}: download failed: {error}") from None
     finally:
         if not progress and not was_disabled:
