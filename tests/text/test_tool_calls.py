@@ -132,7 +132,7 @@ def test_a_call_comes_back(call: ToolCall, cuts: tuple[int, ...]) -> None:
 def test_several_calls_come_back(calls: list[ToolCall], before: str, cuts: tuple[int, ...]) -> None:
     strings = [value for call in calls for value in call.arguments.values() if isinstance(value, str)]
     assume(not any(OPENING.search(f"\n{value}") for value in strings))  # it would pair with the next call
-    assume("<tool_call>" not in before)
+    assume("<tool_call>" not in before and "<function=" not in before)
     parsed = parse(f"{before}\n\n{render(*calls)}", TOOLS, cuts)
     assert parsed == ([before.rstrip()] if before.strip() else []) + calls
 
@@ -263,6 +263,15 @@ def test_an_empty_value_in_either_layout() -> None:
     for value in ("", "\n"):
         text = f"<tool_call>\n<function=f>\n<parameter=a>\n{value}</parameter>\n</function>\n</tool_call>"
         assert every_cut(text) == [ToolCall("f", {"a": ""})]
+
+
+def test_the_first_tag_is_missing() -> None:
+    call = ToolCall("write", {"path": "a"})
+    text = "Let me see.\n" + render(call, call).replace("<tool_call>\n", "")
+    assert every_cut(text, TOOLS) == ["Let me see.", call, call]
+    assert every_cut(text) == [text]
+    only_function = render(call)[len("<tool_call>\n") : -len("</tool_call>")]
+    assert every_cut(only_function, TOOLS) == [only_function]
 
 
 def test_two_functions_in_one_block() -> None:

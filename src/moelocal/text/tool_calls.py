@@ -61,9 +61,11 @@ class ToolCallParser:
     not to be one is text, and so is a call that is cut off by the end. White space that separates text from a
     call, calls from each other, or a call from the end is dropped.
 
-    `tools` (OpenAI form) give the arguments their types, see `parse_argument`. A value keeps every byte
-    between the newline after `<parameter=P>` and the newline before its closing tag. `</parameter>` closes it
-    only when followed by
+    `tools` (OpenAI form) give the arguments their types, see `parse_argument`. Before the name of one of them
+    `<tool_call>` may be missing (Coder models leave it out at times), `</tool_call>` may not.
+
+    A value keeps every byte between the newline after `<parameter=P>` and the newline before its closing tag.
+    `</parameter>` closes it only when followed by
 
     - the next `<parameter=Q>`, where this call has no Q yet, and the tool knows Q. If the tool does not list
       its parameters, allows additional ones, or the value cannot be a string, any Q that the call does not
@@ -72,11 +74,12 @@ class ToolCallParser:
 
     Complete calls inside a value (a file that explains this format, say) are skipped by counting. So a value
     is cut too early only if it holds such a closing sequence outside of a complete call: the format cannot
-    express it.
+    express it. A value that begins a call and does not complete it delays its own call to the end of the text.
     """
 
     def __init__(self, tools: Sequence[Mapping[str, Any]] | None = None) -> None:
         self._tools = dict(parameters_of(tool) for tool in tools or ())
+        self._openings = (_BLOCK, *(f"{_FUNCTION}{name}>" for name in self._tools))
         self._buffer = ""
         self._out: list[str | ToolCall] = []
         self._after_call = False  # only white space came since the last call
@@ -119,14 +122,15 @@ class ToolCallParser:
         self._state = self._outside
 
     def _outside(self) -> bool:
-        begin = self._buffer.find(_BLOCK)
-        safe = begin if begin >= 0 else len(self._buffer) - partial_suffix(self._buffer, (_BLOCK,))
+        found = [begin for opening in self._openings if (begin := self._buffer.find(opening)) >= 0]
+        safe = min(found, default=len(self._buffer) - partial_suffix(self._buffer, self._openings))
         # White space may turn out to separate text from a call; it waits.
-        self._emit_text(len(self._buffer[:safe].rstrip()))
-        if begin < 0:
+        text = len(self._buffer[:safe].rstrip())
+        self._emit_text(text)
+        if not found:
             return False
         self._inside = True
-        self._block = self._buffer.index(_BLOCK)
+        self._block = safe - text
         self._rewind()
         return True
 
