@@ -74,7 +74,7 @@ class ToolCallParser:
 
     Complete calls inside a value (a file that explains this format, say) are skipped by counting. So a value
     is cut too early only if it holds such a closing sequence outside of a complete call: the format cannot
-    express it. A value that begins a call and does not complete it delays its own call to the end of the text.
+    express it. A value that begins a call and does not complete it delays its call to the end of the text.
     """
 
     def __init__(self, tools: Sequence[Mapping[str, Any]] | None = None) -> None:
