@@ -24,50 +24,47 @@ from tokenizer import open_template, open_tokenizer
 from torch import Tensor
 
 BATCH_TOKENS = 4608
-LONGEST = 640
+LENGTHS = (48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640)
+"""Lengths that documents are padded to: few, because a CPU kernel is compiled for each shape."""
 HELD_OUT_SEED = 20_261_121
 
 
-def batches(rng: random.Random, shares: dict[str, float], difficulty: float) -> list[tuple[list[list[int]], ...]]:
-    """Documents of about 16 batches, sorted by length and cut so that each padded batch has BATCH_TOKENS tokens."""
-    tokenizer, template = open_tokenizer(), open_template()
-    documents, total = [], 0
-    while total < 16 * BATCH_TOKENS:
-        skill = rng.choices(SKILLS, [shares[s] for s in SKILLS])[0]
-        ids, weights = encode(sample(skill, rng, difficulty, "train"), tokenizer, template)
-        if len(ids) <= LONGEST and any(weights):
-            documents.append((ids, weights))
-            total += len(ids)
-    documents.sort(key=lambda d: len(d[0]))
-    result, batch = [], []
-    for document in documents:
-        if batch and (len(batch) + 1) * len(document[0]) > BATCH_TOKENS:
-            result.append(batch)
-            batch = []
-        batch.append(document)
-    rng.shuffle(result)  # the last, incomplete batch is dropped
-    return result
+Document = tuple[list[int], list[float]]
 
 
 def feed(queue: Queue, control: Queue, stop: Event, seed: int) -> None:
-    """Worker process: keep the queue filled, with the newest skill shares and difficulty."""
+    """Worker process: keep the queue filled, with the newest skill shares and difficulty.
+
+    Documents wait by length until there are enough for a batch of exactly BATCH_TOKENS tokens, padding included.
+    """
     torch.set_num_threads(1)
-    rng, shares, difficulty = random.Random(seed), dict.fromkeys(SKILLS, 1.0), 0.2
+    tokenizer, template = open_tokenizer(), open_template()
+    rng, shares, difficulty = random.Random(seed), dict.fromkeys(SKILLS, 1.0), 0.15
+    waiting: dict[int, list[Document]] = {length: [] for length in LENGTHS}
     while not stop.is_set():
         while not control.empty():
             shares, difficulty = control.get()
-        for batch in batches(rng, shares, difficulty):
-            while not stop.is_set():
-                try:
-                    queue.put(batch, timeout=1)
-                    break
-                except Full:
-                    continue
+        skill = rng.choices(SKILLS, [shares[s] for s in SKILLS])[0]
+        document = encode(sample(skill, rng, difficulty, "train"), tokenizer, template)
+        length = next((n for n in LENGTHS if n >= len(document[0])), None)
+        if length is None:
+            continue
+        waiting[length].append(document)
+        if len(waiting[length]) < BATCH_TOKENS // length:
+            continue
+        while not stop.is_set():
+            try:
+                queue.put(waiting[length], timeout=1)
+                break
+            except Full:
+                continue
+        waiting[length] = []
 
 
-def padded(batch: list[tuple[list[int], list[float]]]) -> tuple[Tensor, Tensor]:
-    """ids, weights [B, longest]; padding has id 0 and weight 0."""
+def padded(batch: list[Document]) -> tuple[Tensor, Tensor]:
+    """ids, weights [B, longest, rounded up to one of LENGTHS]; padding has id 0 and weight 0."""
     longest = max(len(ids) for ids, _ in batch)
+    longest = next(n for n in LENGTHS if n >= longest)
     ids = torch.tensor([i + [0] * (longest - len(i)) for i, _ in batch])
     return ids, torch.tensor([w + [0.0] * (longest - len(w)) for _, w in batch])
 
