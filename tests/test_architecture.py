@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,19 @@ PACKAGE = Path(moelocal.__file__).parent
 
 # a module imports only from what stands to its left, or from its own package
 ORDER = (
-    *("errors", "config", "formats", "metal", "ops", "checkpoint", "cache", "layers", "model", "hub", "survey"),
+    *(
+        "errors",
+        "config",
+        "formats",
+        "metal",
+        "ops",
+        "checkpoint",
+        "cache",
+        "layers",
+        "model",
+        "hub",
+        "survey",
+    ),
     *("quantize", "text", "engine", "evaluate", "chat", "cli"),
 )
 LAST = ("__init__", "__main__")
@@ -79,6 +94,13 @@ def test_nothing_in_the_package_imports_tools_tests_or_a_test_only_dependency():
         for file in files:
             found = {name.split(".")[0] for name in imported(file)} & forbidden
             assert not found, f"{file.relative_to(PACKAGE)} imports {sorted(found)}"
+
+
+def test_dependencies_are_those_that_are_imported(root):
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[\[<>=; ]", line)[0].replace("-", "_") for line in project["dependencies"]}
+    used = {name.split(".")[0] for files in parts().values() for file in files for name in imported(file)}
+    assert used - set(sys.stdlib_module_names) - {"moelocal"} == declared
 
 
 def test_no_module_is_named_after_nothing():
