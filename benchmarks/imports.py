@@ -18,7 +18,7 @@ ROUNDS = 7
 
 
 def import_seconds(modules: Sequence[str], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds of `import module` by module. The modules take turns, so that a busy moment hits them all."""
+    """Median seconds of `import module` by module. They take turns, so that a busy moment hits them all."""
     seconds: dict[str, list[float]] = {module: [] for module in modules}
     for _ in range(rounds):
         for module in modules:

@@ -12,7 +12,7 @@ import moelocal
 from moelocal.chat import conversation as files
 from moelocal.chat.conversation import Conversation
 from moelocal.chat.keyboard import Lines, open_history, state_folder
-from moelocal.chat.program import HELP, Chat
+from moelocal.chat.program import HELP, Chat, size
 from moelocal.chat.screen import Screen
 from moelocal.engine.completion import Completion, Event, Timing, Usage
 from moelocal.errors import NumericsError, RequestError
@@ -365,6 +365,14 @@ def test_svg(chat_with, tmp_path):
     expected = '<svg xmlns="http://www.w3.org/2000/svg"\n width="8"><svg><circle/></svg></svg >\n'
     assert (tmp_path / "a.svg").read_text() == expected
     assert Conversation(messages=[assistant(first)]).last_svg() == first + "\n"
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0.0 kB"), (7_400, "7.4 kB"), (84_000_000, "84.0 MB"), (21_430_000_000, "21.4 GB")],
+)
+def test_size(nbytes, text):
+    assert size(nbytes) == text
 
 
 def test_lines_that_are_not_utf8():

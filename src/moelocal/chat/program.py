@@ -225,10 +225,11 @@ def summary(done: Completion) -> str:
 
 
 def size(nbytes: int) -> str:
-    """Bytes for people: "0.3 MB", "12 MB", "21.4 GB"."""
-    if nbytes >= 1e9:
-        return f"{nbytes / 1e9:.1f} GB"
-    return f"{nbytes / 1e6:.{0 if nbytes >= 1e7 else 1}f} MB"
+    """Bytes for people: "7.0 kB", "12.1 MB", "21.4 GB"."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.1f} {name}"
+    return f"{nbytes / 1e3:.1f} kB"
 
 
 def _assistant(answer: str, reasoning: str, done: Completion | None) -> Message:
