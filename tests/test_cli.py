@@ -214,7 +214,7 @@ def test_one_shot_chat(engine, capsys):
     assert main(["chat", "--prompt", "Hi\nyou", "--system", "Short."]) == 0
     out, err = capsys.readouterr()
     assert out == "Hällo\n"
-    assert f"python -m moelocal.chat --model {FLAGSHIP}" in err.splitlines()[0]
+    assert err.splitlines()[1] == f"  python -m moelocal.chat --model {FLAGSHIP}"
     assert err.splitlines()[-1].startswith("[2 tokens · 20.0 tokens/s")
     assert engine.load[0] is None
     assert engine.prompt == [{"role": "system", "content": "Short."}, {"role": "user", "content": "Hi\nyou"}]

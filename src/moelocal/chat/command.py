@@ -79,8 +79,8 @@ def load(parsed: argparse.Namespace) -> tuple[Model, dict[str, Any]]:
     Sampling(**given)
     if parsed.model is None:
         print(
-            "This is the small demonstration model inside the package. For a large one: "
-            f"python -m moelocal.chat --model {FLAGSHIP}",
+            "This is the small demonstration model inside the package. For a large one:\n"
+            f"  python -m moelocal.chat --model {FLAGSHIP}",
             file=sys.stderr,
         )
     model = moelocal.load(
