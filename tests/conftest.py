@@ -19,6 +19,10 @@ settings.register_profile(
 settings.register_profile("explore", settings.get_profile("light"), derandomize=False, max_examples=2000)
 settings.load_profile("light")
 
+# Several test processes share the cores: BLAS threads that wait for each other make them ten times slower.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # A test that would download a model fails at once instead of hanging behind a firewall.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
