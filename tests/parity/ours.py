@@ -55,11 +55,13 @@ def assert_same(ours: np.ndarray, theirs: np.ndarray, most: float = 5e-3, mean: 
 
     `most`: rounding alone gave up to 2.5e-3 between transformers and mlx-lm, which are both right; `mean`:
     it gave up to 3.4e-5. A wrong formula (a missing + 1, a swapped half, a wrong angle) gives 0.1 to 10.
-    The likeliest token must be the same everywhere.
+    The likeliest token must be the same everywhere, except between two that they hold equal up to rounding
+    (one position in some 20,000 was such a tie, 1.3e-4 apart).
     """
     assert ours.shape == theirs.shape and ours.dtype == np.float32
     difference = np.abs(ours - theirs)
     assert difference.max() < most, f"max |difference| {difference.max():.2e}"
     assert difference.mean() < mean, f"mean |difference| {difference.mean():.2e}"
-    differing = int((ours.argmax(-1) != theirs.argmax(-1)).sum())
-    assert differing == 0, f"another likeliest token at {differing} of {len(ours)} positions"
+    chosen = np.take_along_axis(theirs, ours.argmax(-1)[:, None], -1)[:, 0]
+    lost = theirs.max(-1) - chosen
+    assert lost.max() < 1e-3, f"another likeliest token at {lost.argmax()}, {lost.max():.1e} below theirs"
