@@ -65,15 +65,7 @@ def folder(tmp_path_factory):
     return target
 
 
-EMBEDDED = pytest.param(
-    "embedded",
-    marks=pytest.mark.skipif(
-        not (hub.EMBEDDED / "config.json").exists(), reason="the model is not trained yet"
-    ),
-)
-
-
-@pytest.fixture(params=["folder", EMBEDDED])
+@pytest.fixture(params=["folder", "embedded"])
 def name(request, folder: Path) -> str | None:
     """What `load` is given."""
     return str(folder) if request.param == "folder" else None

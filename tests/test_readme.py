@@ -11,10 +11,6 @@ import pytest
 from moelocal import hub
 from moelocal.errors import MoelocalError
 
-trained = pytest.mark.skipif(
-    not (hub.EMBEDDED / "config.json").exists(), reason="the model is not trained yet"
-)
-
 
 @pytest.fixture(scope="module")
 def readme(root: Path) -> str:
@@ -25,7 +21,6 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-@trained
 def test_the_python_examples_run_one_after_the_other(readme, capsys):
     examples = blocks(readme, "python")
     assert len(examples) >= 6

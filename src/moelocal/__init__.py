@@ -1,8 +1,8 @@
 """Quantized mixture-of-experts language models on your own machine.
 
-    import moelocal
-    model = moelocal.load()
-    print(moelocal.generate(model, "Hello!").text)
+import moelocal
+model = moelocal.load()
+print(moelocal.generate(model, "Hello!").text)
 """
 
 from moelocal.engine.completion import Completion, Event, Timing, TokenLogprob, Usage

@@ -48,7 +48,8 @@ class QuantSpec:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedArray:
-    """A packed matrix: `weight` uint32 [..., rows, cols·bits/32], `scales` (and affine `biases`) [..., rows, cols/group]."""
+    """A packed matrix: `weight` uint32 [..., rows, cols·bits/32], `scales` and (affine only) `biases`
+    [..., rows, cols/group]."""
 
     weight: mx.array
     scales: mx.array
@@ -78,7 +79,15 @@ class QuantizedArray:
     def dequantize(self, dtype: mx.Dtype) -> mx.array:
         """The plain matrix [..., rows, cols] in `dtype`."""
         spec = self.spec
-        return mx.dequantize(*self.arrays, group_size=spec.group, bits=spec.bits, mode=spec.mode, dtype=dtype)
+        return mx.dequantize(
+            self.weight,
+            self.scales,
+            self.biases,
+            group_size=spec.group,
+            bits=spec.bits,
+            mode=spec.mode,
+            dtype=dtype,
+        )
 
 
 Weight = mx.array | QuantizedArray
@@ -146,10 +155,8 @@ class QuantPlan:
             return None
         method = raw.get("quant_method")
         if (
-            method is not None
-            and method not in ("mlx", "affine", "mxfp4", "mxfp8", "nvfp4")
-            or "bits" not in raw
-        ):
+            method is not None and method not in ("mlx", "affine", "mxfp4", "mxfp8", "nvfp4")
+        ) or "bits" not in raw:
             raise ConfigError(
                 f"config.json: quantization: method {method!r} is not an MLX format; "
                 "use the original checkpoint, or one converted for MLX"

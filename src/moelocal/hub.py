@@ -12,7 +12,7 @@ EMBEDDED: Final = Path(__file__).parent / "embedded"
 """The small demonstration model that ships with the package."""
 
 _FILES: Final = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
-_REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def resolve(
@@ -29,21 +29,28 @@ def resolve(
     if folder.is_dir():
         return folder
     if isinstance(model, Path) or not _REPOSITORY.fullmatch(model):
-        raise ModelNotFound(f"{model}: no such folder; a model is a folder or a Hugging Face name like owner/name")
+        raise ModelNotFound(
+            f"{model}: no such folder; a model is a folder or a Hugging Face name like owner/name"
+        )
     return _download(model, revision, offline, progress)
 
 
 def _download(name: str, revision: str | None, offline: bool, progress: bool) -> Path:
     # imported here: it costs a tenth of a second that runs with local weights need not pay
     import huggingface_hub
-    from huggingface_hub import errors, utils
+    from huggingface_hub import errors
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     # huggingface_hub 1 is built on httpx, 2 on httpx2: the base of their errors is reached through its own
     http_error = cast(type[Exception], errors.HfHubHTTPError.__bases__[0])
 
-    was_disabled = utils.are_progress_bars_disabled()
+    was_disabled = are_progress_bars_disabled()
     if not progress:
-        utils.disable_progress_bars()
+        disable_progress_bars()
     where = f"{name}" + (f" at revision {revision}" if revision else "")
     try:
         return Path(
@@ -72,4 +79,4 @@ def _download(name: str, revision: str | None, offline: bool, progress: bool) ->
         raise ModelNotFound(f"{where}: download failed: {error}") from None
     finally:
         if not progress and not was_disabled:
-            utils.enable_progress_bars()
+            enable_progress_bars()

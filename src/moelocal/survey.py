@@ -46,14 +46,18 @@ def survey(folder: Path) -> Survey:
     config = ModelConfig.read(folder)
     entries = read_entries(folder)
     checkpoint = Checkpoint.open(folder, config)
-    Decoder(checkpoint, checkpoint.compute_dtype, evaluate=False)  # names, shapes and formats fit, or it raises
+    Decoder(
+        checkpoint, checkpoint.compute_dtype, evaluate=False
+    )  # names, shapes and formats fit, or it raises
     skipped = {name for names in checkpoint.skipped.values() for name in names}
     text = [entry for name, entry in entries.items() if name not in skipped]
     return Survey(
         config=config,
         files=len({entry.file for entry in entries.values()}),
         text=_parts((_class_of(entry), entry) for entry in text),
-        left_out=_parts((kind_of(name) if kind_of(name) != "text" else "other", entries[name]) for name in skipped),
+        left_out=_parts(
+            (kind_of(name) if kind_of(name) != "text" else "other", entries[name]) for name in skipped
+        ),
         formats=tuple(Counter(checkpoint.formats.values()).most_common()),
     )
 

@@ -56,7 +56,9 @@ def main() -> None:
         for task in track(tasks, skill.ljust(12), console=errors, disable=not sys.stderr.isatty()):
             verdicts.append(right(model, task))
             if args.show and not verdicts[-1]:
-                print(skill, repr(task.messages[-2]["content"]), "expected", task.messages[-1], file=sys.stderr)
+                print(
+                    skill, repr(task.messages[-2]["content"]), "expected", task.messages[-1], file=sys.stderr
+                )
         skills[skill] = sum(verdicts) / len(verdicts)
     overall = sum(skills.values()) / len(skills)
     table = Table("skill", "held-out accuracy", "samples", title="exact match, greedy")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -33,7 +32,9 @@ def config(s: Shape, tokenizer: Path) -> dict:
             "head_dim": s.head_dim,
             "hidden_act": "silu",
             "hidden_size": s.hidden,
-            "layer_types": ["full_attention" if s.is_attention(i) else "linear_attention" for i in range(s.layers)],
+            "layer_types": [
+                "full_attention" if s.is_attention(i) else "linear_attention" for i in range(s.layers)
+            ],
             "linear_conv_kernel_dim": s.conv_width,
             "linear_key_head_dim": s.delta_dim,
             "linear_num_key_heads": s.key_heads,
@@ -75,10 +76,11 @@ def export(model: Embedded, folder: Path) -> None:
         for name, p in model.state_dict().items()
     }
     save_file(tensors, folder / "model.tmp", metadata={"format": "pt"})
-    os.replace(folder / "model.tmp", folder / "model.safetensors")
+    (folder / "model.tmp").chmod(0o644)  # save_file makes it private
+    (folder / "model.tmp").replace(folder / "model.safetensors")
     text = json.dumps(config(model.shape, folder / "tokenizer.json"), indent=2) + "\n"
     (folder / "config.tmp").write_text(text)
-    os.replace(folder / "config.tmp", folder / "config.json")
+    (folder / "config.tmp").replace(folder / "config.json")
 
 
 def main() -> None:

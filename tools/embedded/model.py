@@ -238,13 +238,18 @@ class MoE(nn.Module):
 class Block(nn.Module):
     def __init__(self, s: Shape, attention: bool) -> None:
         super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = OffsetNorm(s.hidden, s.eps), OffsetNorm(s.hidden, s.eps)
+        self.input_layernorm, self.post_attention_layernorm = (
+            OffsetNorm(s.hidden, s.eps),
+            OffsetNorm(s.hidden, s.eps),
+        )
         if attention:
             self.self_attn = Attention(s)
         else:
             self.linear_attn = DeltaNet(s)
         self.mlp = MoE(s)
-        self.mixer = [self.self_attn if attention else self.linear_attn]  # in a list: no second name for its weights
+        self.mixer = [
+            self.self_attn if attention else self.linear_attn
+        ]  # in a list: no second name for its weights
 
     def forward(self, x: Tensor) -> Tensor:
         h = x + self.mixer[0](self.input_layernorm(x))
@@ -271,7 +276,10 @@ class Mtp(nn.Module):
 
     def __init__(self, s: Shape) -> None:
         super().__init__()
-        self.pre_fc_norm_embedding, self.pre_fc_norm_hidden = OffsetNorm(s.hidden, s.eps), OffsetNorm(s.hidden, s.eps)
+        self.pre_fc_norm_embedding, self.pre_fc_norm_hidden = (
+            OffsetNorm(s.hidden, s.eps),
+            OffsetNorm(s.hidden, s.eps),
+        )
         self.fc = matrix(s.hidden, 2 * s.hidden)
         self.layers = nn.ModuleList([Block(s, attention=True)])
         self.norm = OffsetNorm(s.hidden, s.eps)
@@ -295,7 +303,9 @@ class Embedded(nn.Module):
         """ids [B, T] -> logits [B, T, V]."""
         return self.lm_head(self.model(ids))
 
-    def loss(self, ids: Tensor, weights: Tensor, mtp_weight: float = 0.2, balance_weight: float = 0.001) -> Tensor:
+    def loss(
+        self, ids: Tensor, weights: Tensor, mtp_weight: float = 0.2, balance_weight: float = 0.001
+    ) -> Tensor:
         """Mean cross entropy of the tokens with weight > 0 given those before, the MTP layer's, and routing balance."""
         hidden = self.model(ids)
         main = self._entropy(hidden[:, :-1], ids[:, 1:], weights[:, 1:])

@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def build(model: nn.Module, muon_lr: float = 0.02, adam_lr: float = 0.003) -> list[torch.optim.Optimizer]:
-    """Muon for matrices of at least 32 x 32 inside the layers; AdamW for embedding, head, norms, gates, convolutions."""
+    """Muon for matrices of at least 32 x 32 inside the layers; AdamW for the rest, embedding and head included."""
     hidden, rest = [], []
     for name, p in model.named_parameters():
         big = p.ndim >= 2 and min(p.shape[-2:]) >= 32

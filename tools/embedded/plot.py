@@ -21,14 +21,24 @@ def main() -> None:
     width = 15
     for name, label in (("loss", "next token"), ("mtp", "MTP layer, the token after")):
         values = [r[name] for r in records]
-        smooth = [sum(values[max(0, i - width) : i + 1]) / len(values[max(0, i - width) : i + 1]) for i in range(len(values))]
+        smooth = [
+            sum(values[max(0, i - width) : i + 1]) / len(values[max(0, i - width) : i + 1])
+            for i in range(len(values))
+        ]
         left.plot(millions, smooth, label=label)
     left.set(xlabel="million tokens", ylabel="loss on the answers (mean of 150 steps)", yscale="log")
     left.legend()
     checks = [r for r in records if "accuracy" in r]
     for skill in checks[-1]["accuracy"] if checks else []:
-        right.plot([r["tokens"] / 1e6 for r in checks], [r["accuracy"][skill] for r in checks], label=skill, marker=".")
-    right.set(xlabel="million tokens", ylabel="held-out, whole answer as written (24 samples)", ylim=(0, 1.02))
+        right.plot(
+            [r["tokens"] / 1e6 for r in checks],
+            [r["accuracy"][skill] for r in checks],
+            label=skill,
+            marker=".",
+        )
+    right.set(
+        xlabel="million tokens", ylabel="held-out, whole answer as written (24 samples)", ylim=(0, 1.02)
+    )
     right.legend(fontsize=8)
     figure.tight_layout()
     PICTURE.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import time
 from multiprocessing import Event, Process, Queue
@@ -98,7 +97,7 @@ def rate(progress: float, step: int) -> float:
 
 def save(path: Path, state: dict) -> None:
     torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    path.with_suffix(".tmp").replace(path)
 
 
 def main() -> None:
@@ -148,11 +147,19 @@ def main() -> None:
         last_time = now
         done["step"] += 1
         done["tokens"] += ids.numel()
-        record = {"step": done["step"], "tokens": done["tokens"], "seconds": round(done["seconds"], 1),
-                  "loss": round(model.parts[0], 4), "mtp": round(model.parts[1], 4), "rate": round(factor, 4)}  # fmt: skip
+        record = {
+            "step": done["step"],
+            "tokens": done["tokens"],
+            "seconds": round(done["seconds"], 1),
+            "loss": round(model.parts[0], 4),
+            "mtp": round(model.parts[1], 4),
+            "rate": round(factor, 4),
+        }
         if now - measured_at > 240 or done["seconds"] >= args.minutes * 60:
             measured_at = now
-            record["accuracy"] = {skill: round(accuracy(model, documents), 3) for skill, documents in checks.items()}
+            record["accuracy"] = {
+                skill: round(accuracy(model, documents), 3) for skill, documents in checks.items()
+            }
             # the floor keeps what is learnt alive
             done["shares"] = {skill: 0.25 + (1 - a) for skill, a in record["accuracy"].items()}
             last_time = time.monotonic()
@@ -162,7 +169,8 @@ def main() -> None:
             print(json.dumps(record), file=log, flush=True)
         if now - saved_at > 60 or done["seconds"] >= args.minutes * 60:
             saved_at = now
-            save(state_file, {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "done": done})  # fmt: skip
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            save(state_file, {"model": model.state_dict(), "optimizers": states, "done": done})
     stop.set()
     worker.terminate()
 

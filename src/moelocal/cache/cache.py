@@ -27,7 +27,7 @@ class Cache:
             AttentionCache() if isinstance(layer.mixer, AttentionSpec) else RecurrentCache()
             for layer in config.layers
         ]
-        self.padding = mx.array(padding) if padding is not None and any(padding) else None
+        self.padding = mx.array(list(padding)) if padding is not None and any(padding) else None
         self.position = 0
 
     def advance(self, count: int) -> None:

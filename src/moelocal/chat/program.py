@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import moelocal
 from moelocal.chat import conversation as files
@@ -17,7 +17,7 @@ from moelocal.chat.screen import Screen
 from moelocal.errors import MoelocalError, RequestError
 
 if TYPE_CHECKING:
-    from moelocal.engine.completion import Completion, Event
+    from moelocal.engine.completion import Completion
     from moelocal.engine.load import Model
 
 HELP = """\
@@ -113,7 +113,7 @@ class Chat:
                 self.model, prompt, thinking=self.conversation.thinking, raw=self.raw, **self.options
             )
             # Closing the stream is what stops the generation.
-            with contextlib.closing(cast("Generator[Event]", stream)):
+            with contextlib.closing(stream):
                 for event in stream:
                     reasoning += event.reasoning
                     answer += event.text

@@ -13,7 +13,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from moelocal.config import read_json
 from moelocal.errors import CheckpointError, ConfigError
@@ -119,7 +119,7 @@ def _parse(file: Path, name: str, value: Any, data: int) -> tuple[int, int, Entr
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _ITEM_SIZE:
         raise CheckpointError(f"{where}: unknown dtype {dtype!r}")
-    if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where}: malformed shape {shape!r} or data_offsets {offsets!r}")
     begin, end = offsets
     nbytes = math.prod(shape) * _ITEM_SIZE[dtype]
@@ -134,7 +134,7 @@ def _parse(file: Path, name: str, value: Any, data: int) -> tuple[int, int, Entr
     return begin, end, Entry(name, file, dtype, tuple(shape), nbytes)
 
 
-def _sizes(value: Any) -> bool:
+def _is_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 62 for v in value
     )

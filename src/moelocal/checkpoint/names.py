@@ -1,14 +1,13 @@
 """Names and layouts of every known checkpoint, brought to one: that of mlx-lm, without its prefix.
 
-| known form                                   | here                                                             |
-|----------------------------------------------|------------------------------------------------------------------|
-| `model.language_model.`, `language_model.model.`, `model.` | no prefix: `embed_tokens`, `layers.L.…`, `norm`    |
-| `language_model.lm_head`, `lm_head`          | `lm_head`                                                        |
-| `mlp.experts.gate_up_proj` [E, 2I, H]        | `mlp.switch_mlp.gate_proj.weight`, `up_proj.weight` (first, second half of the rows) |
-| `mlp.experts.E.gate_proj.…` one by one       | `mlp.switch_mlp.gate_proj.…` stacked [E, …]                       |
-| `linear_attn.in_proj_qkvz`, `in_proj_ba` of qwen3_next, interleaved per key head | `in_proj_qkv`, `in_proj_z`, `in_proj_b`, `in_proj_a` |
-| `conv1d.weight` [C, 1, W]                    | [C, W, 1]; it alone marks a raw checkpoint, whose norms then get + 1 |
-| `model.visual.…`, `vision_tower.…`, `mtp.…`  | left out, counted by kind                                        |
+- `model.language_model.`, `language_model.model.` and `model.` are dropped: `embed_tokens`, `layers.L.…`, `norm`,
+  `lm_head` remain.
+- `mlp.experts.gate_up_proj` [E, 2I, H] becomes `mlp.switch_mlp.gate_proj.weight` and `up_proj.weight`, the first and
+  the second half of its rows; `mlp.experts.E.gate_proj.…`, one by one, are stacked [E, …].
+- `linear_attn.in_proj_qkvz` and `in_proj_ba` of qwen3_next, interleaved per key head, become `in_proj_qkv`,
+  `in_proj_z`, `in_proj_b` and `in_proj_a`.
+- `conv1d.weight` [C, 1, W] becomes [C, W, 1]. It alone marks a raw checkpoint, whose norms then get + 1.
+- `model.visual.…`, `vision_tower.…` and `mtp.…` are left out, and counted by kind.
 
 Nothing is read here: each tensor is a `Source`, with a function that makes the (lazy) array when it is asked for.
 """
@@ -18,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -168,7 +168,8 @@ def _stack_experts(sources: dict[str, Source]) -> dict[str, Source]:
         for expert, part in enumerate(ordered):
             if (part.shape, part.dtype) != (first.shape, first.dtype):
                 raise CheckpointError(
-                    f"{part.stored[0]}: expected {list(first.shape)} as expert 0, got {list(part.shape)} (expert {expert})"
+                    f"{part.stored[0]} (expert {expert}): expected {list(first.shape)} as expert 0, "
+                    f"got {list(part.shape)}"
                 )
         result[name] = Source(
             (len(ordered), *first.shape),
@@ -208,7 +209,7 @@ def _split_fused_experts(sources: dict[str, Source]) -> dict[str, Source]:
 
 
 def _split_interleaved(sources: dict[str, Source], config: ModelConfig) -> dict[str, Source]:
-    """qwen3_next: rows of `in_proj_qkvz` are, per key head, [q Dk | k Dk | v r·Dv | z r·Dv]; of `in_proj_ba` [b r | a r].
+    """qwen3_next: per key head, rows of `in_proj_qkvz` are [q Dk | k Dk | v r·Dv | z r·Dv], of `in_proj_ba` [b r|a r].
 
     Packed codes and scales are permuted alike, since packing runs along columns.
     """
@@ -247,6 +248,14 @@ def _split_interleaved(sources: dict[str, Source], config: ModelConfig) -> dict[
     return result
 
 
+def _channels_last(source: Source) -> mx.array:
+    return mx.swapaxes(source.read(), 1, 2)
+
+
+def _plus_one(source: Source) -> mx.array:
+    return source.read().astype(mx.float32) + 1.0
+
+
 def _convert_raw(sources: dict[str, Source], config: ModelConfig) -> dict[str, Source]:
     """Raw convolutions [C, 1, W] -> [C, W, 1]; where one is raw, stored norm weights w mean 1 + w (float32)."""
     result = dict(sources)
@@ -255,12 +264,8 @@ def _convert_raw(sources: dict[str, Source], config: ModelConfig) -> dict[str, S
         if name.endswith("linear_attn.conv1d.weight") and len(source.shape) == 3 and source.shape[1] == 1:
             channels, _, width = source.shape
             raw = raw or width != 1
-            result[name] = replace(
-                source, shape=(channels, width, 1), read=lambda s=source: mx.swapaxes(s.read(), 1, 2)
-            )
+            result[name] = replace(source, shape=(channels, width, 1), read=partial(_channels_last, source))
     for name, source in sources.items():
         if raw and config.raw_norm_offset and (name.endswith(_NORMS) or name == "norm.weight"):
-            result[name] = replace(
-                source, dtype=mx.float32, read=lambda s=source: s.read().astype(mx.float32) + 1.0
-            )
+            result[name] = replace(source, dtype=mx.float32, read=partial(_plus_one, source))
     return result

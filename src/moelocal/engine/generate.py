@@ -7,7 +7,7 @@ stays on the device in between.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -76,7 +76,7 @@ def stream(
     tools: Sequence[Mapping[str, Any]] | None = None,
     logprobs: int | None = None,
     raw: bool = False,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """The answer to `prompt`, piece by piece; closing the iterator stops the generation.
 
     `prompt`: one user message as a string, or a list of messages ({"role": ..., "content": ...}); with `raw`, plain
@@ -137,7 +137,9 @@ def _read(
         raise RequestError("prompt: expected at least one token, got an empty text")
     outside = [t for t in tokens if t >= model.config.vocab]
     if outside:
-        raise RequestError(f"token {outside[0]} is outside the model's {model.config.vocab} rows: foreign tokenizer?")
+        raise RequestError(
+            f"token {outside[0]} is outside the model's {model.config.vocab} rows: foreign tokenizer?"
+        )
     return tokens, parser
 
 
@@ -174,7 +176,7 @@ def _steps(
         token = sampler(logits)
         extra = None if logprobs is None else log_probabilities(logits, token, logprobs, token_mask=mask)
         step = _Step(token, extra)
-        mx.async_eval(step.arrays)
+        mx.async_eval(*step.arrays)  # type: ignore[no-untyped-call]  # MLX has no annotation for it
         return step
 
     logits, cache = prefill(model, tokens)
@@ -201,7 +203,7 @@ class _Answer:
     calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
 
-    def events(self, steps: Iterator[_Step]) -> Iterator[Event]:
+    def events(self, steps: Iterator[_Step]) -> Generator[Event, None, None]:
         mx.reset_peak_memory()
         first = time.perf_counter()
         stopped = False
@@ -222,7 +224,8 @@ class _Answer:
         yield Event(delta.text, delta.reasoning, delta.tool_calls, (), self._completion(stopped, first))
 
     def _take(self, step: _Step) -> int:
-        token = int(step.token.item())
+        token = step.token.item()
+        assert isinstance(token, int)
         if token == BAD_LOGITS:
             raise NumericsError(
                 f"the logits of token {len(self.tokens) + 1} are NaN or infinite: the weights are damaged, or overflow "
@@ -233,7 +236,9 @@ class _Answer:
             chosen, ids, values = step.logprobs
             top = tuple(zip(_list(ids), _list(values), strict=True))
             self.logprobs = self.logprobs or []
-            self.logprobs.append(TokenLogprob(token, float(chosen.item()), top))
+            value = chosen.item()
+            assert isinstance(value, float)
+            self.logprobs.append(TokenLogprob(token, value, top))
         return token
 
     def _add(self, text: str) -> Delta:
@@ -248,7 +253,10 @@ class _Answer:
         rest = Delta(self.parser.finish()) if isinstance(self.parser, StopStrings) else self.parser.finish()
         rest = self._keep(rest)
         return Delta(
-            delta.text + rest.text, delta.reasoning + rest.reasoning, delta.tool_calls + rest.tool_calls, rest.stopped
+            delta.text + rest.text,
+            delta.reasoning + rest.reasoning,
+            delta.tool_calls + rest.tool_calls,
+            rest.stopped,
         )
 
     def _keep(self, delta: Delta) -> Delta:

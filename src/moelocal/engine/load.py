@@ -95,7 +95,7 @@ def load(
     Raises `ModelNotFound`, `ConfigError`, `UnsupportedModel`, `CheckpointError`; `RequestError` for a bad `dtype`.
     """
     wanted = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and wanted not in _DTYPES.values():
+    if dtype is not None and (not isinstance(wanted, mx.Dtype) or wanted not in _DTYPES.values()):
         raise RequestError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
     folder = hub.resolve(model, revision=revision, offline=offline, progress=progress)
     return Model(Decoder.open(folder, wanted), folder, "embedded" if model is None else str(model))

@@ -1,4 +1,4 @@
-"""Rotary position embedding on the first dims of each head (half-split pairs), with YaRN where the config asks for it."""
+"""Rotary position embedding on the first dims of each head (half-split pairs), with YaRN where a config asks for it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from moelocal.ops.op import Op
 
 
 def visible(queries: int, keys: int, hidden: mx.array | None) -> mx.array:
-    """Which key each query sees: bool [T, S], or [B, 1, T, S] with padding. A padding query sees itself, to stay finite."""
+    """Which key each query sees: bool [T, S], or [B, 1, T, S] with padding. A padding query sees itself: it has to stay
+    finite."""
     position = mx.arange(keys - queries, keys)[:, None]
     seen = position >= mx.arange(keys)
     if hidden is None:

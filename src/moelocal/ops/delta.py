@@ -12,7 +12,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from moelocal.ops.host import borrow
+from moelocal.ops.host import Host, borrow
 from moelocal.ops.op import Op
 
 
@@ -73,7 +73,7 @@ def host(
     gate = np.ones((q.shape[0], time), np.float32) if valid is None else np.asarray(valid).astype(np.float32)
     short = -time % CHUNK  # padding to whole chunks, with β = 0 and no decay: the state passes through
 
-    def chunks(a: np.ndarray, repeat: int = 1) -> np.ndarray:  # type: ignore[type-arg]
+    def chunks(a: Host, repeat: int = 1) -> Host:
         a = np.pad(a, [(0, 0), (0, short)] + [(0, 0)] * (a.ndim - 2))
         a = a.reshape(a.shape[0], -1, CHUNK, *a.shape[2:]).swapaxes(2, 3)
         return np.repeat(a, repeat, axis=2) if repeat > 1 else a

@@ -1,4 +1,4 @@
-"""Everything of a gated delta net between its projections: convolution, normalised heads, gates, delta rule, gated norm.
+"""All of a gated delta net between its projections: convolution, normalised heads, gates, delta rule, gated norm.
 
 u [B, T, C] (queries, keys and values before the convolution), z [B, T, Hv·Dv], b and a [B, T, Hv];
 conv [B, W − 1, C] the last rows of u before this call, state [B, Hv, Dv, Dk] float32; `valid` bool [B, T] or None.

@@ -70,7 +70,9 @@ def _gathered(x: mx.array, weight: Weight, experts: mx.array, ordered: bool) -> 
     spec = weight.spec
     return mx.gather_qmm(
         x,
-        *weight.arrays,
+        weight.weight,
+        weight.scales,
+        weight.biases,
         rhs_indices=experts,
         transpose=True,
         group_size=spec.group,
@@ -112,8 +114,10 @@ def portable(
 
 
 def _host_swiglu(x: Host, gate_up: list[Host], down: Host) -> Host:
-    gate, up = np.split(x @ gate_up[0].T, 2, axis=-1) if len(gate_up) == 1 else (x @ w.T for w in gate_up)
-    return (silu(gate) * up) @ down.T
+    parts = [x @ w.T for w in gate_up]
+    gate, up = np.split(parts[0], 2, axis=-1) if len(parts) == 1 else parts
+    hidden: Host = (silu(gate) * up) @ down.T
+    return hidden
 
 
 def host(

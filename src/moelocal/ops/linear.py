@@ -19,7 +19,14 @@ def portable(x: mx.array, weight: Weight) -> mx.array:
         return x @ weight.T
     spec = weight.spec
     return mx.quantized_matmul(
-        x, *weight.arrays, transpose=True, group_size=spec.group, bits=spec.bits, mode=spec.mode
+        x,
+        weight.weight,
+        weight.scales,
+        weight.biases,
+        transpose=True,
+        group_size=spec.group,
+        bits=spec.bits,
+        mode=spec.mode,
     )
 
 

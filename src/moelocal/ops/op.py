@@ -17,6 +17,7 @@ from typing import Final, Generic, ParamSpec, TypeVar
 import mlx.core as mx
 
 from moelocal.errors import RequestError
+from moelocal.ops.host import one_thread
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,7 +76,6 @@ class Op(Generic[P, R]):
         self.portable = portable
         self.host = host
         self._host_when = host_when
-        registry[name] = self
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         form = forced()
@@ -88,8 +88,6 @@ class Op(Generic[P, R]):
             and self._host_when(*args, **kwargs)
             and on_cpu()
         ):
-            return self.host(*args, **kwargs)
+            with one_thread():
+                return self.host(*args, **kwargs)
         return self.portable(*args, **kwargs)
-
-
-registry: Final[dict[str, Op[..., object]]] = {}

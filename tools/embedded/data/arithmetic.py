@@ -62,5 +62,8 @@ def make(rng: random.Random, difficulty: float) -> Sample:
     task = f"{a} {sign} {b}" if rng.random() < 0.7 or sign == "times" else f"{a}{sign}{b}"
     thought = f"{a}{kind}{b}: {steps}. {result}"
     return Sample(
-        "arithmetic", [user(rng.choice(ASK).format(task)), answer(str(result), thought)], f"{a}{kind}{b}", thinking=True
+        "arithmetic",
+        [user(rng.choice(ASK).format(task)), answer(str(result), thought)],
+        f"{a}{kind}{b}",
+        thinking=True,
     )

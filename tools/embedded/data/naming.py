@@ -7,15 +7,29 @@ import random
 from data.task import Sample, answer, user
 from data.words import CITIES, COLOURS, NAMES
 
-TELL = ["My name is {}.", "I am {}.", "Hi, I'm {}.", "Hello, my name is {}.", "You can call me {}.", "Call me {}."]
+TELL = [
+    "My name is {}.",
+    "I am {}.",
+    "Hi, I'm {}.",
+    "Hello, my name is {}.",
+    "You can call me {}.",
+    "Call me {}.",
+]
 ASK = ["What is my name?", "Who am I?", "Do you remember my name?", "What's my name?", "Tell me my name."]
 FACTS = {
-    "city": (["I live in {}.", "My city is {}."], CITIES, ["Where do I live?", "Which city do I live in?"], "You live in {}."),
+    "city": (["I live in {}.", "My city is {}."], CITIES,
+             ["Where do I live?", "Which city do I live in?"], "You live in {}."),
     "colour": (["My favourite colour is {}.", "I like the colour {}."], COLOURS,
                ["What is my favourite colour?", "Which colour do I like?"], "You like {}."),
 }  # fmt: skip
-TALK = [("How are you?", "I am fine, thank you."), ("Nice weather today.", "Yes, it is."), ("Thank you.", "You are welcome."),
-        ("Good.", "Good."), ("I am tired.", "Take a rest."), ("Tell me something nice.", "You are kind.")]  # fmt: skip
+TALK = [
+    ("How are you?", "I am fine, thank you."),
+    ("Nice weather today.", "Yes, it is."),
+    ("Thank you.", "You are welcome."),
+    ("Good.", "Good."),
+    ("I am tired.", "Take a rest."),
+    ("Tell me something nice.", "You are kind."),
+]
 
 
 def make(rng: random.Random, difficulty: float) -> Sample:

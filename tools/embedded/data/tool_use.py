@@ -12,7 +12,10 @@ from data.words import CITIES, NAMES, WORDS
 def tool(name: str, description: str, **properties: str) -> dict[str, Any]:
     schema = {key: {"type": kind} for key, kind in properties.items()}
     parameters = {"type": "object", "properties": schema, "required": list(properties)}
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": parameters},
+    }
 
 
 TOOLS = {
@@ -27,10 +30,19 @@ Turn = tuple[str, dict[str, Any], str, str]
 
 
 def weather(rng: random.Random) -> Turn:
-    city, sky, degrees = rng.choice(CITIES), rng.choice(["sunny", "rainy", "cloudy", "windy"]), rng.randint(-5, 35)
+    city, sky, degrees = (
+        rng.choice(CITIES),
+        rng.choice(["sunny", "rainy", "cloudy", "windy"]),
+        rng.randint(-5, 35),
+    )
     ask = rng.choice(["What is the weather in {}?", "Weather in {}?", "How is the weather in {} today?",
                       "Is it nice in {} now?"])  # fmt: skip
-    return ask.format(city), {"city": city}, f"{sky}, {degrees}", f"In {city} it is {sky} with {degrees} degrees."
+    return (
+        ask.format(city),
+        {"city": city},
+        f"{sky}, {degrees}",
+        f"In {city} it is {sky} with {degrees} degrees.",
+    )
 
 
 def timer(rng: random.Random) -> Turn:
@@ -59,7 +71,13 @@ def search(rng: random.Random) -> Turn:
     return ask.format(query), {"query": query}, found, f"I found {found}."
 
 
-MAKERS = {"get_weather": weather, "set_timer": timer, "send_message": message, "convert": convert, "search": search}
+MAKERS = {
+    "get_weather": weather,
+    "set_timer": timer,
+    "send_message": message,
+    "convert": convert,
+    "search": search,
+}
 
 
 def make(rng: random.Random, difficulty: float) -> Sample:
@@ -73,5 +91,8 @@ def make(rng: random.Random, difficulty: float) -> Sample:
     call = answer("", thought, [{"type": "function", "function": {"name": name, "arguments": arguments}}])
     messages = [user(ask), call]
     if rng.random() < 0.45:
-        messages += [{"role": "tool", "content": response}, answer(words, f"It says {response}." if thinking else "")]
+        messages += [
+            {"role": "tool", "content": response},
+            answer(words, f"It says {response}." if thinking else ""),
+        ]
     return Sample("tools", messages, f"{name}/{sorted(arguments.items())}", thinking, offered)

@@ -1,0 +1,97 @@
+"""Router and expert block: every form against the reference, in every packed format."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from close import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moelocal.formats import QuantizedArray, QuantSpec, join_rows
+from moelocal.ops import experts, linear, route
+from moelocal.ops.experts import SwiGLU
+
+# float32 dot products over at most 192 columns in another order; measured 1e-6
+LIMIT = 1e-5
+SPECS = [QuantSpec(b, g) for b in (2, 3, 4, 5, 6, 8) for g in (32, 64, 128)]
+SPECS += [QuantSpec(4, 32, "mxfp4"), QuantSpec(8, 32, "mxfp8"), QuantSpec(4, 16, "nvfp4")]
+
+
+def packed(weight: mx.array, spec: QuantSpec | None):
+    if spec is None:
+        return weight
+    parts = mx.quantize(weight, group_size=spec.group, bits=spec.bits, mode=spec.mode)
+    return QuantizedArray(parts[0], parts[1], parts[2] if len(parts) > 2 else None, spec)
+
+
+def swiglu(spec, lead, width, hidden, joined=True):
+    gate, up = (packed(mx.random.normal((*lead, width, hidden)) * 0.1, spec) for _ in range(2))
+    return SwiGLU(
+        (join_rows([gate, up]),) if joined else (gate, up),
+        packed(mx.random.normal((*lead, hidden, width)) * 0.1, spec),
+    )
+
+
+def check(spec, tokens, count, per_token, width, hidden, seed, shared=True, joined=True):
+    mx.random.seed(seed)
+    x = mx.random.normal((tokens, hidden))
+    chosen, weights = route.reference(mx.random.normal((tokens, count)), per_token, True)
+    extra = swiglu(spec, (), 2 * width, hidden) if shared else None
+    gate = mx.random.normal((tokens, 1)) if shared else None
+    arguments = (x, swiglu(spec, (count,), width, hidden, joined), chosen, weights, extra, gate)
+    expected = experts.reference(*arguments)
+    assert relative_error(experts.portable(*arguments), expected) < LIMIT
+    assert relative_error(experts.host(*arguments), expected) < LIMIT
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    tokens=st.integers(1, 60),
+    count=st.integers(1, 12),
+    per_token=st.integers(1, 4),
+    width=st.integers(1, 40),
+    hidden=st.integers(1, 48),
+    seed=st.integers(0, 2**20),
+    shared=st.booleans(),
+    joined=st.booleans(),
+)
+def test_dense_experts(tokens, count, per_token, width, hidden, seed, shared, joined):
+    check(None, tokens, count, min(per_token, count), width, hidden, seed, shared, joined)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.mode}-{s.bits}-{s.group}")
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_packed_experts(spec, tokens):
+    check(spec, tokens, count=6, per_token=3, width=128, hidden=128, seed=tokens)
+
+
+@pytest.mark.parametrize(
+    "spec", [None, *SPECS], ids=lambda s: "dense" if s is None else f"{s.mode}-{s.bits}-{s.group}"
+)
+def test_linear(spec):
+    weight = packed(mx.random.normal((33, 128)), spec)
+    for rows in (1, 50):
+        x = mx.random.normal((2, rows, 128))
+        expected = linear.reference(x, weight)
+        assert relative_error(linear.portable(x, weight), expected) < LIMIT
+        assert relative_error(linear.host(x, weight), expected) < LIMIT
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    count=st.integers(1, 40), per_token=st.integers(1, 8), seed=st.integers(0, 2**20), normalize=st.booleans(),
+    levels=st.sampled_from([2, 5, 10_000]), scale=st.sampled_from([1e-4, 1.0, 50.0]),
+)  # fmt: skip
+def test_routes_agree_ties_included(count, per_token, seed, normalize, levels, scale):
+    # few levels make exact ties, which both forms give to the lower index
+    mx.random.seed(seed)
+    logits = mx.random.randint(0, levels, (9, count)).astype(mx.float32) / levels * scale
+    per_token = min(per_token, count)
+    expected, got = (f(logits, per_token, normalize) for f in (route.reference, route.portable))
+    # softmax can round different logits to one probability: then the order may differ, the weights may not
+    assert relative_error(got[1], expected[1]) < LIMIT
+    picked = [mx.take_along_axis(logits, chosen, axis=-1) for chosen in (expected[0], got[0])]
+    assert relative_error(picked[1], picked[0]) < LIMIT
+    if levels == 2:
+        assert mx.array_equal(expected[0], got[0].astype(mx.uint32))
