@@ -44,9 +44,21 @@ def problem(batch, time, key_heads, ratio, key_dim, value_dim, width, seed, dtyp
 def test_portable_is_the_reference(batch, time, key_heads, ratio, key_dim, value_dim, width, seed):
     *arrays, weights = problem(batch, time, key_heads, ratio, key_dim, value_dim, width, seed)
     expected = delta_net.reference(*arrays, None, weights)
-    got = delta_net.delta_net(*arrays, None, weights)
-    for name, x, y in zip(("y", "conv", "state"), got, expected, strict=True):
-        assert relative_error(x, y) < LIMIT, name
+    for form in (delta_net.portable, delta_net.host):
+        got = form(*arrays, None, weights)
+        for name, x, y in zip(("y", "conv", "state"), got, expected, strict=True):
+            assert relative_error(x, y) < LIMIT, name
+
+
+@pytest.mark.parametrize("form", [delta_net.portable, delta_net.host])
+def test_padding_is_as_if_it_were_not_there(form):
+    u, z, b, a, _, _, weights = problem(1, 40, 2, 2, 16, 24, 4, seed=4)
+    conv, state = mx.zeros((1, 3, weights.spec.conv_channels)), mx.zeros((1, 4, 24, 16))
+    valid = mx.arange(40)[None] >= 7
+    padded = form(u, z, b, a, conv, state, valid, weights)
+    alone = delta_net.reference(*(x[:, 7:] for x in (u, z, b, a)), conv, state, None, weights)
+    assert relative_error(padded[0][:, 7:], alone[0]) < LIMIT
+    assert relative_error(padded[2], alone[2]) < LIMIT
 
 
 def test_small_heads_are_normalised_with_epsilon_on_the_sum():

@@ -12,9 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from moelocal.config import DeltaNetSpec
 from moelocal.ops import delta, norm
+from moelocal.ops.host import MANY_ROWS, borrow, silu
 from moelocal.ops.op import Op
 
 L2_EPS = 1e-6
@@ -128,11 +130,49 @@ def portable(
     q = mx.fast.rms_norm(q, weights.q_scale, L2_EPS / spec.key_dim)
     k = mx.fast.rms_norm(k, weights.k_scale, L2_EPS / spec.key_dim)
     log_decay = weights.decay * mx.logaddexp(a.astype(mx.float32) + weights.dt_bias, 0.0)
-    out, state = delta.delta_rule(q, k, v, log_decay, mx.sigmoid(b.astype(mx.float32)), state, valid)
+    out, state = delta.portable(q, k, v, log_decay, mx.sigmoid(b.astype(mx.float32)), state, valid)
     gate = z.astype(mx.float32).reshape(out.shape)
     y = mx.fast.rms_norm(out, weights.norm, weights.eps) * (gate * mx.sigmoid(gate))
     # a copy: a slice would keep the whole window of a prefill alive
     return y.reshape(z.shape).astype(u.dtype), mx.contiguous(window[:, time:]), state
 
 
-delta_net = Op("delta_net", reference=reference, portable=portable)
+def host(
+    u: mx.array,
+    z: mx.array,
+    b: mx.array,
+    a: mx.array,
+    conv: mx.array,
+    state: mx.array,
+    valid: mx.array | None,
+    weights: DeltaNetWeights,
+) -> Result:
+    mx.eval(u, z, b, a, conv, state)
+    spec, (batch, time, _) = weights.spec, u.shape
+    real = None if valid is None else np.asarray(valid).astype(np.float32)
+    new = borrow(u) if real is None else borrow(u) * real[..., None]
+    window = np.concatenate([borrow(conv), new], axis=1)
+    mixed = window[:, :time] * borrow(weights.conv)[0]
+    for i in range(1, spec.conv_width):
+        mixed += window[:, i : i + time] * borrow(weights.conv)[i]
+    keys, heads = spec.key_heads * spec.key_dim, (batch, time, -1, spec.key_dim)
+    mixed = silu(mixed)
+    q, k = mixed[..., :keys].reshape(heads), mixed[..., keys : 2 * keys].reshape(heads)
+    v = mixed[..., 2 * keys :].reshape(batch, time, spec.value_heads, spec.value_dim)
+    q = q / np.sqrt(np.sum(q * q, axis=-1, keepdims=True) + L2_EPS) * spec.key_dim**-0.5
+    k = k / np.sqrt(np.sum(k * k, axis=-1, keepdims=True) + L2_EPS)
+    log_decay = borrow(weights.decay) * np.logaddexp(borrow(a) + borrow(weights.dt_bias), np.float32(0))
+    beta = 0.5 * np.tanh(0.5 * borrow(b)) + 0.5
+    out, after = delta.host(q, k, v, log_decay, beta, borrow(state), real)
+    out = out / np.sqrt(np.mean(out * out, axis=-1, keepdims=True) + weights.eps) * borrow(weights.norm)
+    y = out.reshape(batch, time, -1) * silu(borrow(z))
+    return mx.array(y), mx.array(window[:, time:]), mx.array(after)
+
+
+delta_net = Op(
+    "delta_net",
+    reference=reference,
+    portable=portable,
+    host=host,
+    host_when=lambda u, *rest: u.dtype == mx.float32 and u.shape[1] >= MANY_ROWS,
+)
