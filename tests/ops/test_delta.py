@@ -5,10 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from close import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from close import relative_error
 from moelocal.ops import delta
 
 # float32 rounding over at most 150 positions of decayed sums: the forms add in another order; measured 2e-6

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from close import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from close import relative_error
 from moelocal.config import DeltaNetSpec
 from moelocal.ops import delta_net, norm
 from moelocal.ops.delta_net import DeltaNetWeights
