@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+# assertions in these modules are explained as those in tests are
+pytest.register_assert_rewrite("damage", "parity.ours")
+
 # The light run is the same on every machine; `--hypothesis-profile=explore` searches on from a new seed.
 settings.register_profile(
     "light",

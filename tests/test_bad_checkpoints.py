@@ -232,7 +232,7 @@ def test_an_expert_of_another_shape(tmp_path):
     assert_fails(
         folder,
         CheckpointError,
-        f"{name}: expected [32, 32] as expert 0, got [32, 16] (expert 2)",
+        f"{name} (expert 2): expected [32, 32] as expert 0, got [32, 16]",
     )
 
 
