@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,8 +22,15 @@ from moelocal.ops.op import forced, on_cpu
 class Decoder:
     """Embedding, blocks, final norm, head. Weights in the formats of the checkpoint, activations in `dtype`."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, evaluate: bool = True) -> None:
-        """Without `evaluate` the weights stay lazy: enough to know that a checkpoint fits."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: mx.Dtype,
+        evaluate: bool = True,
+        report: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Without `evaluate` the weights stay lazy: enough to know that a checkpoint fits. `report` is told after each
+        layer how many of how many are there."""
         config = checkpoint.config
         self.config, self.dtype = config, dtype
         root = checkpoint.root()
@@ -34,6 +41,7 @@ class Decoder:
             if evaluate:  # one by one: what a fusion was made of is freed before the next layer is read
                 mx.eval(block.arrays)
             self.blocks.append(block)
+            report(index + 1, len(config.layers))
         self.norm = root.array("norm.weight", (config.hidden,))
         self.head = (
             self.embedding if config.tied else root.matrix("lm_head", config.vocab, config.hidden, dtype)
@@ -43,14 +51,19 @@ class Decoder:
             mx.eval(self.norm, *arrays_of(self.embedding), *arrays_of(self.head))
 
     @classmethod
-    def open(cls, folder: Path, dtype: mx.Dtype | None = None) -> Decoder:
+    def open(
+        cls,
+        folder: Path,
+        dtype: mx.Dtype | None = None,
+        report: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Decoder:
         """Load the text model of a checkpoint folder.
 
         `dtype` None: float32 on the CPU device, whose kernels for the 16-bit types are slow, else the checkpoint's own.
         Raises `ConfigError`, `UnsupportedModel`, `CheckpointError`.
         """
         checkpoint = Checkpoint.open(folder, ModelConfig.read(folder))
-        return cls(checkpoint, dtype or (mx.float32 if on_cpu() else checkpoint.compute_dtype))
+        return cls(checkpoint, dtype or (mx.float32 if on_cpu() else checkpoint.compute_dtype), report=report)
 
     def new_cache(self, padding: Sequence[int] | None = None) -> Cache:
         """An empty timeline; with `padding`, a batch whose rows start with that many padding tokens each."""

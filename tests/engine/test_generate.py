@@ -241,3 +241,17 @@ def test_half_precision_gives_nearly_the_same_logits(model, dtype):
     assert rounded.dtype == mx.float32
     # 8 layers of roundings to 2^-8 (bfloat16) on logits of about 10; measured 0.15
     assert mx.mean(mx.abs(exact - rounded)).item() < 0.5
+
+
+def test_a_slow_load_shows_a_bar_on_a_terminal_only(monkeypatch, capsys):
+    from moelocal.engine import load
+
+    clock = iter(range(1000))
+    monkeypatch.setattr(load.time, "monotonic", lambda: next(clock))
+    moelocal.load()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(load.sys.stderr, "isatty", lambda: True)
+    moelocal.load(progress=False)
+    assert capsys.readouterr().err == ""
+    moelocal.load()
+    assert "loading the weights" in capsys.readouterr().err

@@ -23,6 +23,8 @@ from tokenizer import open_template, open_tokenizer
 from torch import Tensor
 
 BATCH_TOKENS = 4608
+HARDER = {"lookup": 2.0, "arithmetic": 1.5}
+"""Skills that take more tokens than their share."""
 LENGTHS = (48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640)
 """Lengths that documents are padded to: few, because a CPU kernel is compiled for each shape."""
 HELD_OUT_SEED = 20_261_121
@@ -40,11 +42,14 @@ def feed(queue: Queue, control: Queue, stop: Event, seed: int) -> None:
     tokenizer, template = open_tokenizer(), open_template()
     rng, shares, difficulty = random.Random(seed), dict.fromkeys(SKILLS, 1.0), 0.15
     waiting: dict[int, list[Document]] = {length: [] for length in LENGTHS}
+    mean = dict.fromkeys(SKILLS, 100.0)
     while not stop.is_set():
         while not control.empty():
             shares, difficulty = control.get()
-        skill = rng.choices(SKILLS, [shares[s] for s in SKILLS])[0]
+        # shares are of tokens: a tool call has seven times as many as a sum, most of them the same instructions
+        skill = rng.choices(SKILLS, [shares[s] / mean[s] for s in SKILLS])[0]
         document = encode(sample(skill, rng, difficulty, "train"), tokenizer, template)
+        mean[skill] += 0.01 * (len(document[0]) - mean[skill])
         length = next((n for n in LENGTHS if n >= len(document[0])), None)
         if length is None:
             continue
@@ -161,7 +166,7 @@ def main() -> None:
                 skill: round(accuracy(model, documents), 3) for skill, documents in checks.items()
             }
             # the floor keeps what is learnt alive
-            done["shares"] = {skill: 0.25 + (1 - a) for skill, a in record["accuracy"].items()}
+            done["shares"] = {skill: 0.25 + (1 - a) * HARDER.get(skill, 1) for skill, a in record["accuracy"].items()}
             last_time = time.monotonic()
         if done["step"] % 10 == 0:
             control.put((done["shares"], difficulty))

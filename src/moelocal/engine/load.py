@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -90,7 +93,7 @@ def load(
 
     `revision`: branch, tag or commit of a Hugging Face repository. `dtype` of activations: "float32", "float16",
     "bfloat16" or an MLX dtype; None takes the checkpoint's own, or float32 on the CPU device. `offline`: open no
-    connection. `progress`: show a bar while downloading.
+    connection. `progress`: on a terminal, show a bar while downloading and reading.
 
     Raises `ModelNotFound`, `ConfigError`, `UnsupportedModel`, `CheckpointError`; `RequestError` for a bad `dtype`.
     """
@@ -98,4 +101,31 @@ def load(
     if dtype is not None and (not isinstance(wanted, mx.Dtype) or wanted not in _DTYPES.values()):
         raise RequestError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
     folder = hub.resolve(model, revision=revision, offline=offline, progress=progress)
-    return Model(Decoder.open(folder, wanted), folder, "embedded" if model is None else str(model))
+    with _layer_bar(progress) as report:
+        decoder = Decoder.open(folder, wanted, report)
+    return Model(decoder, folder, "embedded" if model is None else str(model))
+
+
+@contextmanager
+def _layer_bar(wanted: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, from the second second on."""
+    started, bar = time.monotonic(), None
+
+    def report(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None and wanted and sys.stderr.isatty() and time.monotonic() - started > 1:
+            # imported here: most loads are over before it would be shown
+            from rich.console import Console
+            from rich.progress import Progress
+
+            bar = Progress(console=Console(stderr=True), transient=True)
+            bar.add_task("loading the weights")
+            bar.start()
+        if bar is not None:
+            bar.update(bar.task_ids[0], completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        if bar is not None:
+            bar.stop()
