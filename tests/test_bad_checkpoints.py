@@ -6,12 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 import moelocal
 from damage import HYBRID, LAYER, NEXT, assert_fails, change_tensors
-from moelocal.errors import CheckpointError, ConfigError, ModelNotFound
+from moelocal.errors import CheckpointError, ConfigError, ModelNotFound, TemplateError, TokenizerError
 from parity.checkpoints import write
 from parity.storage import Tensor, encode, read_tensors, write_file, write_tensors
 
@@ -326,4 +327,24 @@ def test_packed_weights_that_the_config_does_not_mention(single):
         single,
         CheckpointError,
         f"{LAYER}mlp.shared_expert.up_proj.scales: packed weights, but config.json has no quantization",
+    )
+
+
+# --- texts ---
+
+
+def test_a_folder_without_tokenizer_files_evaluates_tokens_and_names_what_text_needs(single):
+    model = moelocal.load(single)
+    assert model(mx.array([[1, 2]])).shape == (1, 2, HYBRID.vocab)
+    with pytest.raises(TemplateError) as caught:
+        moelocal.generate(model, "Hello!")
+    assert str(caught.value) == (
+        f"{single}: no chat template in chat_template.jinja, chat_template.json or tokenizer_config.json; "
+        "add the template of the original model, or pass plain text to continue (raw=True)"
+    )
+    with pytest.raises(TokenizerError) as caught:
+        moelocal.generate(model, "Hello!", raw=True)
+    assert str(caught.value) == (
+        f"{single}: neither tokenizer.json nor tokenizer.model is there, so texts cannot be encoded; "
+        "copy the tokenizer files of the original model into this folder"
     )
