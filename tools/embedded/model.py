@@ -204,7 +204,7 @@ class Experts(nn.Module):
         flat = chosen.reshape(-1)
         order = flat.argsort()
         sizes = torch.bincount(flat, minlength=count)
-        room = -(-int(sizes.max()) // 128) * 128  # few different shapes: oneDNN compiles a kernel for each
+        room = -(-int(sizes.max()) // 64) * 64  # few different shapes: oneDNN compiles a kernel for each
         slot = torch.arange(len(flat)) - (sizes.cumsum(0) - sizes)[flat[order]]
         place = flat[order] * room + slot
         token = torch.full((count * room,), len(x)).index_copy(0, place, order // per_token)
@@ -317,7 +317,7 @@ class Embedded(nn.Module):
 
     def _entropy(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         chosen = weights.reshape(-1).nonzero()[:, 0]
-        chosen = F.pad(chosen, (0, -len(chosen) % 512))  # to few different shapes, with the first position
+        chosen = F.pad(chosen, (0, -len(chosen) % 256))  # to few different shapes, with the first position
         weights = weights.reshape(-1)[chosen]
         logits = self.lm_head(hidden.reshape(-1, hidden.shape[-1]).index_select(0, chosen)).float()
         losses = F.cross_entropy(logits, targets.reshape(-1)[chosen], reduction="none")

@@ -22,7 +22,10 @@ from optimizer import build
 from tokenizer import open_template, open_tokenizer
 from torch import Tensor
 
-BATCH_TOKENS = 4608
+BATCH_TOKENS = 1152
+BATCHES = 4
+"""A step sums the gradients of this many batches. A batch has documents of one length, hence of few skills; steps of one
+batch each went from skill to skill and learnt slowly."""
 HARDER = {"lookup": 2.0, "arithmetic": 1.5}
 """Skills that take more tokens than their share."""
 LENGTHS = (48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640)
@@ -126,7 +129,7 @@ def main() -> None:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         done = state["done"]
-    queue, control, stop = Queue(maxsize=8), Queue(), Event()
+    queue, control, stop = Queue(maxsize=16), Queue(), Event()
     worker = Process(target=feed, args=(queue, control, stop, args.seed * 1000 + done["step"]), daemon=True)
     worker.start()
     checks = held_out(24)
@@ -139,10 +142,15 @@ def main() -> None:
         for optimizer, lrs in zip(optimizers, base, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr * factor
-        ids, weights = padded(queue.get())
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model.loss(ids, weights)
-        loss.backward()
+        main_loss = mtp_loss = 0.0
+        for _ in range(BATCHES):
+            ids, weights = padded(queue.get())
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model.loss(ids, weights) / BATCHES
+            loss.backward()
+            main_loss += model.parts[0] / BATCHES
+            mtp_loss += model.parts[1] / BATCHES
+            done["tokens"] += ids.numel()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -151,13 +159,12 @@ def main() -> None:
         done["seconds"] += now - last_time
         last_time = now
         done["step"] += 1
-        done["tokens"] += ids.numel()
         record = {
             "step": done["step"],
             "tokens": done["tokens"],
             "seconds": round(done["seconds"], 1),
-            "loss": round(model.parts[0], 4),
-            "mtp": round(model.parts[1], 4),
+            "loss": round(main_loss, 4),
+            "mtp": round(mtp_loss, 4),
             "rate": round(factor, 4),
         }
         if now - measured_at > 240 or done["seconds"] >= args.minutes * 60:
@@ -166,7 +173,9 @@ def main() -> None:
                 skill: round(accuracy(model, documents), 3) for skill, documents in checks.items()
             }
             # the floor keeps what is learnt alive
-            done["shares"] = {skill: 0.25 + (1 - a) * HARDER.get(skill, 1) for skill, a in record["accuracy"].items()}
+            done["shares"] = {
+                skill: 0.25 + (1 - a) * HARDER.get(skill, 1) for skill, a in record["accuracy"].items()
+            }
             last_time = time.monotonic()
         if done["step"] % 10 == 0:
             control.put((done["shares"], difficulty))
