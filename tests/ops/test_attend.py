@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from close import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from close import relative_error
 from moelocal.ops import attend
 
 # float32 softmax sums in another order; measured 6e-7
