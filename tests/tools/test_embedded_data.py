@@ -102,8 +102,9 @@ def test_the_training_network_is_the_shipped_architecture(tmp_path):
     network = Embedded()
     with torch.no_grad():
         for name, p in network.named_parameters():
-            p.add_(torch.randn_like(p) * (0.2 if "norm" in name else 0.0))
-            p.copy_(p.bfloat16().float())  # what is exported
+            if "norm" in name:  # with so few bits that neither w nor 1 + w is rounded by the export
+                p.add_((torch.randn_like(p) * 0.2 * 64).round() / 64)
+            p.copy_(p.bfloat16().float())
     (tmp_path / "tokenizer.json").write_bytes((EMBEDDED / "tokenizer.json").read_bytes())
     export(network, tmp_path)
     ids = torch.randint(0, 1400, (2, 75))
