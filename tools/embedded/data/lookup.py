@@ -14,20 +14,22 @@ ASK = [
     "Look up {k}.",
     "Find {k} in the list.",
     "Tell me the entry for {k}.",
-    "{k}?",
+    "And {k}?",
 ]
 LEAD = ["Here is a list:", "List:", "Data:", "Look at this list.", "These are the values:", ""]
 
 
 def make(rng: random.Random, difficulty: float) -> Sample:
-    longest = max(2, int(3 + 45 * difficulty))
-    count = rng.randint(2, longest) if rng.random() < 0.35 else rng.randint(2, min(longest, 14))
+    longest = max(3, int(44 * difficulty))
+    count = rng.randint(*rng.choices([(2, 6), (4, 14), (8, 44)], [0.5, 0.35, 0.15 * difficulty])[0])
+    count = min(count, longest)
     kind = rng.randrange(4)
-    keys = rng.sample(NAMES, min(count, len(NAMES))) if kind == 0 else rng.sample(WORDS, count)
+    keys = rng.sample(NAMES if kind == 0 else WORDS, count)
     values = {0: [str(rng.randrange(10, 1000)) for _ in keys], 1: [rng.choice(COLOURS) for _ in keys],
               2: [rng.choice(CITIES) for _ in keys], 3: [str(rng.randrange(10, 100)) for _ in keys]}[kind]  # fmt: skip
-    mark = rng.choice([": ", " = ", ": ", " - "])
-    lines = [f"{k}{mark}{v}" for k, v in zip(keys, values, strict=True)]
+    mark, bullet = rng.choice([": ", " = ", ": ", " - "]), rng.choice(["- ", "- ", "* "])
+    # behind a bullet a key is the same token as inside the question: a word after a space
+    lines = [f"{bullet}{k}{mark}{v}" for k, v in zip(keys, values, strict=True)]
     chosen = rng.randrange(len(keys))
     question = rng.choice(ASK).format(k=keys[chosen])
     body = "\n".join(lines)
