@@ -15,7 +15,13 @@ PICTURE = Path(__file__).parents[2] / "docs" / "images" / "embedded-training.png
 
 
 def main() -> None:
-    records = [json.loads(line) for line in LOG.read_text().splitlines()]
+    # a run that resumed from a saved state did some steps twice: the second time counts
+    records: list[dict] = []
+    for line in LOG.read_text().splitlines():
+        record = json.loads(line)
+        while records and records[-1]["step"] >= record["step"]:
+            records.pop()
+        records.append(record)
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
     millions = [r["tokens"] / 1e6 for r in records]
     width = 15
