@@ -19,6 +19,7 @@ import torch
 from data import SKILLS, encode, sample
 from model import Embedded, Shape
 from optimizer import build
+from safetensors.torch import load_file
 from tokenizer import open_template, open_tokenizer
 from torch import Tensor
 
@@ -103,6 +104,12 @@ def rate(progress: float, step: int) -> float:
     return min(1.0, (step + 1) / 30) * min(1.0, max(0.01, (1.0 - progress) / 0.4))
 
 
+def exported(folder: Path) -> dict[str, Tensor]:
+    """The weights of an exported folder, under the names of the training network."""
+    stored = load_file(folder / "model.safetensors")
+    return {name.replace("model.language_model.", "model."): w.float() for name, w in stored.items()}
+
+
 def save(path: Path, state: dict) -> None:
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
@@ -113,12 +120,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=75)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="begin with the weights of this exported folder")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     model = Embedded(Shape())
+    if args.start:
+        model.load_state_dict(exported(args.start))
     optimizers = build(model)
     base = [[g["lr"] for g in o.param_groups] for o in optimizers]
     done = {"step": 0, "tokens": 0, "seconds": 0.0, "shares": dict.fromkeys(SKILLS, 1.0)}
