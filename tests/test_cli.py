@@ -25,7 +25,8 @@ from parity.checkpoints import write
 
 # A program with a model that answers with what it was told, or talks until it is stopped.
 SCRIPTED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background inherits that Ctrl-C is ignored
 from types import SimpleNamespace
 import moelocal
 from moelocal.cli import main

@@ -77,8 +77,12 @@ def host(
     above = np.triu(np.full((CHUNK, CHUNK), -np.inf, np.float32), 1)
     ratio_g = np.exp(log_g[..., :, None] - log_g[..., None, :] + above)
     g = np.exp(log_g)[..., None]
-    system = np.tril(beta * ratio_g * (k @ k.swapaxes(-1, -2)), -1) + np.eye(CHUNK, dtype=np.float32)
-    solved = np.linalg.solve(system, np.concatenate([beta * v, beta * g * k], axis=-1))
+    system = beta * ratio_g * (k @ k.swapaxes(-1, -2))
+    solved = np.concatenate([beta * v, beta * g * k], axis=-1)
+    for t in range(
+        1, CHUNK
+    ):  # forward substitution, all chunks at once: only what is below the diagonal is read
+        solved[..., t : t + 1, :] -= system[..., t : t + 1, :t] @ solved[..., :t, :]
     own, from_state = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     within = ratio_g * (q @ k.swapaxes(-1, -2))
     to_end = (np.exp(log_g[..., -1:] - log_g)[..., None] * k).swapaxes(-1, -2)
