@@ -50,17 +50,25 @@ def cut(tokens: np.ndarray, chunks: Sequence[int]) -> list[np.ndarray]:
     ]
 
 
-def assert_same(ours: np.ndarray, theirs: np.ndarray, most: float = 5e-3, mean: float = 1e-4) -> None:
+def assert_same(
+    ours: np.ndarray, theirs: np.ndarray, most: float = 5e-3, mean: float = 1e-4, routing_ties: int = 0
+) -> None:
     """Two float32 implementations of one model, on random nets with logits of standard deviation 1.6.
 
     `most`: rounding alone gave up to 2.5e-3 between transformers and mlx-lm, which are both right; `mean`:
     it gave up to 3.4e-5. A wrong formula (a missing + 1, a swapped half, a wrong angle) gives 0.1 to 10.
     The likeliest token must be the same everywhere, except between two that they hold equal up to rounding
     (one position in some 20,000 was such a tie, 1.3e-4 apart).
+
+    `routing_ties`: positions that `most` does not bind. Where the last expert chosen and the first one left out have
+    equal router logits up to rounding, two right implementations choose differently. One position of 1,500 tokens by
+    8 layers did, and moved by 0.07; our own portable form differs there from the host form in the same way, and the
+    positions after it agree again.
     """
     assert ours.shape == theirs.shape and ours.dtype == np.float32
     difference = np.abs(ours - theirs)
-    assert difference.max() < most, f"max |difference| {difference.max():.2e}"
+    worst = np.sort(difference.max(axis=-1).reshape(-1))[::-1]
+    assert worst[routing_ties] < most, f"max |difference| {worst[routing_ties]:.2e}"
     assert difference.mean() < mean, f"mean |difference| {difference.mean():.2e}"
     chosen = np.take_along_axis(theirs, ours.argmax(-1)[:, None], -1)[:, 0]
     lost = theirs.max(-1) - chosen

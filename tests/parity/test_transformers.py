@@ -116,4 +116,4 @@ def test_the_control_fails_where_yarn_is_forgotten(raw, originals):
 def test_error_does_not_grow_over_1500_tokens(raw, originals):
     recipe = Recipe("qwen3_5_moe", layers=8)
     sequence = tokens(1500, recipe.vocab)
-    assert_same(Ours(raw(recipe)).logits(sequence), originals(raw(recipe)).logits(sequence))
+    assert_same(Ours(raw(recipe)).logits(sequence), originals(raw(recipe)).logits(sequence), routing_ties=2)
