@@ -52,7 +52,7 @@ def feed(queue: Queue, control: Queue, stop: Event, seed: int) -> None:
             shares, difficulty = control.get()
         # shares are of tokens: a tool call has seven times as many as a sum, most of them the same instructions
         skill = rng.choices(SKILLS, [shares[s] / mean[s] for s in SKILLS])[0]
-        document = encode(sample(skill, rng, difficulty, "train"), tokenizer, template)
+        document = encode(sample(skill, rng, difficulty, "train"), tokenizer, template, history=True)
         mean[skill] += 0.01 * (len(document[0]) - mean[skill])
         length = next((n for n in LENGTHS if n >= len(document[0])), None)
         if length is None:

@@ -47,12 +47,32 @@ def answer_text(sample: Sample, template: Any) -> str:
     return written + call
 
 
-def encode(sample: Sample, tokenizer: Any, template: Any) -> tuple[list[int], list[float]]:
+def encode(
+    sample: Sample, tokenizer: Any, template: Any, history: bool = False
+) -> tuple[list[int], list[float]]:
     """Token ids of prompt and answer, and weights: 0 on the prompt; on the answer more per token where it is short,
-    or a picture of 160 tokens would outweigh a looked-up value of 7."""
+    or a picture of 160 tokens would outweigh a looked-up value of 7. With `history`, earlier answers count too."""
     prompt = tokenizer.encode(prompt_text(sample, template))
     written = tokenizer.encode(answer_text(sample, template))
-    return prompt + written, [0.0] * len(prompt) + [(24 / len(written)) ** 0.5] * len(written)
+    weight = (24 / len(written)) ** 0.5
+    before = earlier_answers(prompt, tokenizer) if history else [False] * len(prompt)
+    return prompt + written, [weight * part for part in before] + [weight] * len(written)
+
+
+def earlier_answers(prompt: list[int], tokenizer: Any) -> list[bool]:
+    """Which tokens of a prompt an assistant wrote, `<|im_end|>` included."""
+    start, end = tokenizer.id_of("<|im_start|>"), tokenizer.id_of("<|im_end|>")
+    head = tokenizer.encode("<|im_start|>assistant\n")
+    marks, inside = [False] * len(prompt), False
+    for i, token in enumerate(prompt):
+        if token == start:
+            inside = False
+        marks[i] = inside
+        if token == end:
+            inside = False
+        if i + 1 >= len(head) and prompt[i + 1 - len(head) : i + 1] == head:
+            inside = end in prompt[i:]  # the last one is open: what follows is the answer itself
+    return marks
 
 
 def judge(sample: Sample, written: str, template: Any) -> bool:

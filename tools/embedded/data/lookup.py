@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from data.task import Sample, answer, user
+from data.task import Sample, answer, is_held_out, user
 from data.words import CITIES, COLOURS, NAMES, WORDS
 
 ASK = [
@@ -36,6 +36,16 @@ def make(rng: random.Random, difficulty: float) -> Sample:
     lead = rng.choice(LEAD)
     text = f"{lead}\n{body}\n{question}" if rng.random() < 0.7 else f"{question}\n{lead}\n{body}"
     thinking = rng.random() < 0.5
-    instance = f"{keys[chosen]}/{values[chosen]}/{len(keys)}"
-    messages = [user(text.strip()), answer(values[chosen], lines[chosen] if thinking else "")]
-    return Sample("lookup", messages, instance, thinking)
+    instances = [f"{k}/{v}/{len(keys)}" for k, v in zip(keys, values, strict=True)]
+    free = [i for i in range(len(keys)) if not is_held_out("lookup", instances[i])]
+    asked = [user(text.strip())]
+    if chosen in free and len(free) > 1 and rng.random() < 0.75:
+        # several questions about one list: trained on each answer, where the list alone would give one
+        first, *more = rng.sample([i for i in free if i != chosen], rng.randint(1, min(7, len(free) - 1)))
+        asked = [user(text.strip().replace(question, question.replace(keys[chosen], keys[first])))]
+        for i in more:
+            asked += [answer(values[first]), user(rng.choice(ASK).format(k=keys[i]))]
+            first = i
+        asked += [answer(values[first]), user(question)]
+    messages = [*asked, answer(values[chosen], lines[chosen] if thinking else "")]
+    return Sample("lookup", messages, instances[chosen], thinking)

@@ -24,8 +24,12 @@ class Sample:
 
     @property
     def held_out(self) -> bool:
-        digest = hashlib.sha256(f"{self.skill}/{self.instance}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") % HELD_OUT == 0
+        return is_held_out(self.skill, self.instance)
+
+
+def is_held_out(skill: str, instance: str) -> bool:
+    digest = hashlib.sha256(f"{skill}/{instance}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") % HELD_OUT == 0
 
 
 def user(content: str) -> dict[str, Any]:
