@@ -99,9 +99,9 @@ def accuracy(model: Embedded, documents: list[tuple[list[int], list[float]]]) ->
     return right / len(documents)
 
 
-def rate(progress: float, step: int) -> float:
+def rate(progress: float, step: int, decay: float) -> float:
     """Factor on the learning rates at `progress` 0..1 of the time."""
-    return min(1.0, (step + 1) / 30) * min(1.0, max(0.01, (1.0 - progress) / 0.4))
+    return min(1.0, (step + 1) / 30) * min(1.0, max(0.01, (1.0 - progress) / decay))
 
 
 def exported(folder: Path) -> dict[str, Tensor]:
@@ -120,25 +120,33 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=75)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="begin with the weights of this exported folder")
+    parser.add_argument("--start", type=Path, help="begin with an exported folder, or with a state.pt")
+    parser.add_argument(
+        "--focus",
+        type=json.loads,
+        help="a second phase: tokens per skill as JSON, others 0.5; full difficulty, 0.4 of the rates, falling at once",
+    )
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     model = Embedded(Shape())
-    if args.start:
-        model.load_state_dict(exported(args.start))
     optimizers = build(model)
     base = [[g["lr"] for g in o.param_groups] for o in optimizers]
     done = {"step": 0, "tokens": 0, "seconds": 0.0, "shares": dict.fromkeys(SKILLS, 1.0)}
     state_file = args.work / "state.pt"
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=False)
+    begin = state_file if state_file.exists() else args.start
+    if begin is not None and begin.is_dir():
+        model.load_state_dict(exported(begin))
+    elif begin is not None:
+        state = torch.load(begin, weights_only=False)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        done = state["done"]
+        done = state["done"] if begin == state_file else done
+    if args.focus:
+        done["shares"] = dict.fromkeys(SKILLS, 0.5) | args.focus
     queue, control, stop = Queue(maxsize=16), Queue(), Event()
     worker = Process(target=feed, args=(queue, control, stop, args.seed * 1000 + done["step"]), daemon=True)
     worker.start()
@@ -147,8 +155,8 @@ def main() -> None:
     log = (args.work / "log.jsonl").open("a")
     while done["seconds"] < args.minutes * 60:
         progress = done["seconds"] / (args.minutes * 60)
-        difficulty = min(1.0, 0.15 + progress / 0.25)
-        factor = rate(progress, done["step"])
+        difficulty = 1.0 if args.focus else min(1.0, 0.15 + progress / 0.25)
+        factor = 0.4 * rate(progress, done["step"], 1.0) if args.focus else rate(progress, done["step"], 0.4)
         for optimizer, lrs in zip(optimizers, base, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr * factor
@@ -182,10 +190,10 @@ def main() -> None:
             record["accuracy"] = {
                 skill: round(accuracy(model, documents), 3) for skill, documents in checks.items()
             }
-            # the floor keeps what is learnt alive
-            done["shares"] = {
-                skill: 0.25 + (1 - a) * HARDER.get(skill, 1) for skill, a in record["accuracy"].items()
-            }
+            if not args.focus:  # the floor keeps what is learnt alive
+                done["shares"] = {
+                    skill: 0.25 + (1 - a) * HARDER.get(skill, 1) for skill, a in record["accuracy"].items()
+                }
             last_time = time.monotonic()
         if done["step"] % 10 == 0:
             control.put((done["shares"], difficulty))
