@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import Full
 
 import torch
-from data import SKILLS, encode, sample
+from data import SKILLS, encode, sample, talk
 from model import Embedded, Shape
 from optimizer import build
 from safetensors.torch import load_file
@@ -29,6 +29,8 @@ BATCHES = 4
 batch each went from skill to skill and learnt slowly."""
 HARDER = {"lookup": 3.0, "arithmetic": 1.2, "sort_reverse": 1.2}
 """Skills that take more tokens than their share."""
+TALK = 0.35
+"""Share of the documents that are longer chats over several skills."""
 LENGTHS = (48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640)
 """Lengths that documents are padded to: few, because a CPU kernel is compiled for each shape."""
 HELD_OUT_SEED = 20_261_121
@@ -52,7 +54,10 @@ def feed(queue: Queue, control: Queue, stop: Event, seed: int) -> None:
             shares, difficulty = control.get()
         # shares are of tokens: a tool call has seven times as many as a sum, most of them the same instructions
         skill = rng.choices(SKILLS, [shares[s] / mean[s] for s in SKILLS])[0]
-        document = encode(sample(skill, rng, difficulty, "train"), tokenizer, template, history=True)
+        if rng.random() < TALK:
+            document = encode(talk(skill, rng, difficulty), tokenizer, template)
+        else:
+            document = encode(sample(skill, rng, difficulty, "train"), tokenizer, template, history=True)
         mean[skill] += 0.01 * (len(document[0]) - mean[skill])
         length = next((n for n in LENGTHS if n >= len(document[0])), None)
         if length is None:

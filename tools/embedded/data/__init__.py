@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from data import arithmetic, extraction, greetings, lookup, naming, sort_reverse, svg, tool_use
@@ -28,6 +29,23 @@ def sample(skill: str, rng: random.Random, difficulty: float = 1.0, split: str =
         made = MAKERS[skill](rng, difficulty)
         if made.held_out == (split == "held-out"):
             return made
+
+
+def talk(skill: str, rng: random.Random, difficulty: float = 1.0) -> Sample:
+    """A training sample inside a longer chat, as people have them: one to four tasks of other kinds come before its last
+    question, which alone is trained."""
+    made = sample(skill, rng, difficulty)
+    if made.tools is not None:
+        return made
+    # not of its own kind: a second name or list would make the question ambiguous
+    kinds = [kind for kind in SKILLS if kind != skill]
+    others = [sample(rng.choice(kinds), rng, difficulty * rng.random()) for _ in range(rng.randint(1, 4))]
+    filler = [message for other in others if other.tools is None for message in other.messages]
+    turns = sum(message["role"] == "user" for message in made.messages)
+    # what a chat was told stays true over other tasks: they go before it, or between its turns
+    questions = [i for i, message in enumerate(made.messages) if message["role"] == "user"]
+    cut = questions[rng.randrange(turns)]
+    return replace(made, messages=made.messages[:cut] + filler + made.messages[cut:])
 
 
 def prompt_text(sample: Sample, template: Any) -> str:

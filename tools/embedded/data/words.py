@@ -14,7 +14,15 @@ wind window winter wolf wood yellow zebra zoo""".split()
 
 NAMES = """Ada Alan Alice Anna Ben Carla Clara Daniel David Diego Elena Emma Eric Eva Felix Finn Grace Hannah Hugo Ida
 Ines Jack James Jana Julia Karl Kim Lara Lea Leo Lina Lucas Maria Marta Max Maya Mia Nina Noah Nora Olga Omar Oscar
-Paul Peter Rita Rosa Ruth Sam Sara Simon Sofia Theo Tim Tom Vera Victor Yuki Zoe""".split()
+Paul Peter Rita Rosa Ruth Sam Sara Simon Sofia Theo Tim Tom Vera Victor Yuki Zoe Aisha Alex Amir Andrea Andrew Anton
+Antonio Ashley Barbara Bernd Bianca Bob Boris Brandon Brian Bruno Carlos Carol Charles Charlie Chen Chris Christina Cora
+Damian Deborah Dennis Dominic Donna Dylan Edward Elias Elif Elizabeth Ella Emil Emily Erik Fatima Fiona Frank Frida
+Gabriel George Giulia Gustav Hans Harry Heather Helen Henry Hiroshi Ingrid Irene Isabel Ivan Jacob Jan Jane Jason
+Jessica Joe John Jonas Jordan Joseph Karen Kate Kenji Kevin Laura Leila Leon Linda Lisa Liam Louis Lucy Luis Luke Magnus
+Marco Margaret Mark Martin Mary Matthew Mei Melissa Michael Mohammed Nadia Natalie Nathan Niklas Nils Olivia Otto Pablo
+Pamela Patrick Pedro Philip Priya Rachel Rahul Ralf Rebecca Richard Robert Roman Ryan Sandra Sarah Sebastian Sergei
+Stefan Stephanie Steven Susan Sven Tanya Thomas Tina Tobias Ulrich Ursula Valentina Vincent Walter Wei William Xavier
+Yara Yusuf Zara""".split()
 
 CITIES = """Paris London Berlin Madrid Rome Vienna Oslo Lisbon Athens Dublin Prague Warsaw Tokyo Cairo Delhi Seoul
 Boston Chicago Lima Nairobi Sydney Toronto Zurich Munich Lyon Porto""".split()
