@@ -117,9 +117,11 @@ def test_a_long_prompt_is_read_in_chunks_at_absolute_multiples(model, monkeypatc
 
 
 def test_stop_strings_end_raw_text_and_are_left_out(model):
-    free = moelocal.generate(model, "one two three", raw=True, max_tokens=30, sampling=GREEDY)
+    prompt = "<|im_start|>user\nDraw a red circle as SVG.<|im_end|>\n<|im_start|>assistant\n<svg"
+    free = moelocal.generate(model, prompt, raw=True, max_tokens=30, sampling=GREEDY)
     cut = free.text[3:6]
-    done = moelocal.generate(model, "one two three", raw=True, max_tokens=30, sampling=GREEDY, stop=[cut])
+    assert len(cut) == 3
+    done = moelocal.generate(model, prompt, raw=True, max_tokens=30, sampling=GREEDY, stop=[cut])
     assert done.finish_reason == "stop"
     assert done.text == free.text[: free.text.index(cut)]
 
