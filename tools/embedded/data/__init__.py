@@ -32,8 +32,8 @@ def sample(skill: str, rng: random.Random, difficulty: float = 1.0, split: str =
 
 
 def talk(skill: str, rng: random.Random, difficulty: float = 1.0) -> Sample:
-    """A training sample inside a longer chat, as people have them: one to four tasks of other kinds come before its last
-    question, which alone is trained."""
+    """A training sample inside a longer chat, as people have them: one to four tasks of other kinds come before one of
+    its turns. Only the last answer is trained."""
     made = sample(skill, rng, difficulty)
     if made.tools is not None:
         return made
