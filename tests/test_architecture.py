@@ -18,6 +18,7 @@ PACKAGE = Path(moelocal.__file__).parent
 ORDER = (
     *(
         "errors",
+        "machine",
         "config",
         "formats",
         "metal",
@@ -29,7 +30,7 @@ ORDER = (
         "hub",
         "survey",
     ),
-    *("quantize", "text", "engine", "evaluate", "chat", "cli"),
+    *("quantize", "text", "engine", "evaluate", "doctor", "chat", "cli"),
 )
 LAST = ("__init__", "__main__")
 """these gather everything: they may import any module"""
@@ -81,7 +82,7 @@ def test_the_check_sees_a_forbidden_import(tmp_path):
     assert used_parts(source) == {"cli", "model"}
 
 
-@pytest.mark.parametrize("part", ["errors", "config", "text"])
+@pytest.mark.parametrize("part", ["errors", "machine", "config", "text"])
 def test_configuration_and_text_work_without_mlx(part):
     for file in parts()[part]:
         found = {name for name in imported(file) if name.split(".")[0] == "mlx"}

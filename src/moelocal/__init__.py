@@ -5,6 +5,7 @@ model = moelocal.load()
 print(moelocal.generate(model, "Hello!").text)
 """
 
+from moelocal import machine as _machine  # noqa: F401  first: it sets what MLX reads when it starts
 from moelocal.engine.completion import Completion, Event, Timing, TokenLogprob, Usage
 from moelocal.engine.generate import generate, stream
 from moelocal.engine.load import Model, load

@@ -3,6 +3,8 @@
 reference   plain MLX, float32 inside, written for reading; the specification
 portable    stock MLX calls, the fastest formulation; every device
 host        NumPy and its BLAS, for many rows in float32 on the CPU device (docs/decisions/0001-host-form.md)
+metal       our kernel, where there is a Metal device, `supports` says that the kernel takes these arguments, and it
+            has earned its place on this machine (`choice.py`)
 
 `with force("reference"):` or the environment variable `MOELOCAL_OPS` overrides the choice, for tests and bug reports.
 """
@@ -10,19 +12,21 @@ host        NumPy and its BLAS, for many rows in float32 on the CPU device (docs
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Final, Generic, ParamSpec, TypeVar
 
 import mlx.core as mx
 
+from moelocal import metal as device
 from moelocal.errors import RequestError
+from moelocal.ops import choice
 from moelocal.ops.host import one_thread
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-FORMS: Final = ("auto", "reference", "portable")
+FORMS: Final = ("auto", "reference", "portable", "metal")
 
 
 def _checked(form: str, where: str) -> str:
@@ -35,7 +39,7 @@ _forced: str | None = None
 
 
 def forced() -> str:
-    """The override in effect: "auto", "reference" or "portable". Raises `RequestError` for a bad `MOELOCAL_OPS`."""
+    """The override in effect, one of `FORMS`. Raises `RequestError` for a bad `MOELOCAL_OPS`."""
     global _forced
     if _forced is None:
         _forced = _checked(os.environ.get("MOELOCAL_OPS", "auto"), "MOELOCAL_OPS")
@@ -44,7 +48,8 @@ def forced() -> str:
 
 @contextmanager
 def force(form: str) -> Iterator[None]:
-    """Run every op in `form` ("reference", "portable", or "auto") inside the block. Raises `RequestError`."""
+    """Run every op in `form`, one of `FORMS`, inside the block; "metal" wherever a kernel can run, earned or not.
+    Raises `RequestError`."""
     global _forced
     before = forced()
     _forced = _checked(form, "force")
@@ -60,7 +65,8 @@ def on_cpu() -> bool:
 
 
 class Op(Generic[P, R]):
-    """One operation. `host_when` says for which arguments the host form is the fastest."""
+    """One operation. `host_when` says for which arguments the host form is the fastest, `supports` which the kernel
+    can take, `key` what the choice of a form depends on besides: with one key there is one form."""
 
     def __init__(
         self,
@@ -70,17 +76,31 @@ class Op(Generic[P, R]):
         portable: Callable[P, R],
         host: Callable[P, R] | None = None,
         host_when: Callable[P, bool] | None = None,
+        metal: Callable[P, R] | None = None,
+        supports: Callable[P, bool] | None = None,
+        key: Callable[P, Hashable] = choice.shapes,
     ) -> None:
         self.name = name
         self.reference = reference
         self.portable = portable
         self.host = host
         self._host_when = host_when
+        self.metal = metal
+        self.supports = supports
+        self.key = key
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         form = forced()
         if form == "reference":
             return self.reference(*args, **kwargs)
+        if (
+            self.metal is not None
+            and form != "portable"
+            and device.available()
+            and (form == "metal" or self._earned(*args, **kwargs))
+            and (self.supports is None or self.supports(*args, **kwargs))
+        ):
+            return self.metal(*args, **kwargs)
         if (
             form == "auto"
             and self.host is not None
@@ -91,3 +111,9 @@ class Op(Generic[P, R]):
             with one_thread():
                 return self.host(*args, **kwargs)
         return self.portable(*args, **kwargs)
+
+    def _earned(self, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Whether the kernel is what this machine takes for such arguments. Called with every token: no key is made for
+        an op that takes its kernel for none."""
+        chosen = choice.current()
+        return self.name in chosen.ops and chosen.takes_metal(self.name, self.key(*args, **kwargs))

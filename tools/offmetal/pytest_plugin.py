@@ -1,0 +1,67 @@
+"""The fixture `mode`, which runs a test in each way that the simulator can execute a kernel; one clear line where the
+simulator cannot run; and the number of launches at the end of a run.
+
+`pytest_plugins = ["offmetal.pytest_plugin"]` in a top conftest.py loads all of it; importing `mode` gives the fixture
+alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Iterator
+from typing import Any, Final
+
+import pytest
+
+import offmetal
+
+MODES: Final[dict[str, dict[str, Any]]] = {
+    "checked": {"checked": True, "allow_unwritten": False},
+    "fast": {"checked": False},
+    "random": {"checked": True, "allow_unwritten": False, "order": "random", "seed": 3},
+    "fused": {"checked": True, "allow_unwritten": False, "fma": True},
+}
+
+_from_workers: Counter[str] = Counter()
+_told = False
+
+
+@pytest.fixture(params=MODES)
+def mode(request: pytest.FixtureRequest) -> Iterator[str]:
+    with offmetal.options(**MODES[request.param]):
+        yield request.param
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Without clang the first test that needs it fails with one line, and the others are skipped."""
+    global _told
+    report = yield
+    if call.excinfo and isinstance(call.excinfo.value, offmetal.ToolMissing):
+        line = str(call.excinfo.value)
+        if _told:
+            report.outcome = "skipped"
+            report.longrepr = (str(item.path), item.location[1] or 0, f"Skipped: {line}")
+        else:
+            report.longrepr = line
+        _told = True
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["offmetal"] = dict(offmetal.launches())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A process of pytest-xdist has ended."""
+    _from_workers.update(getattr(node, "workeroutput", {}).get("offmetal", {}))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    counts = offmetal.launches() + _from_workers
+    if counts:
+        terminalreporter.write_line(f"offmetal: {counts.total()} launches of {len(counts)} kernels")
