@@ -15,6 +15,7 @@ from moelocal.chat import command
 from moelocal.chat.keyboard import decode
 from moelocal.chat.program import size
 from moelocal.config import AttentionSpec, ModelConfig, MoESpec
+from moelocal.doctor.command import add_flags, doctor
 from moelocal.survey import Part, survey
 
 
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "moelocal") -> i
     command.add_answer_flags(one_shot)
 
     command.add_source_flags(add("inspect", "describe a checkpoint", _inspect))
+    add_flags(add("doctor", "which kernels this machine uses, and why", doctor))
     add("version", "print the version", _version)
 
     parsed = parser.parse_args(arguments)

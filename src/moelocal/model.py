@@ -80,7 +80,7 @@ class Decoder:
             )
         cache = cache or self.new_cache()
         time, padding = tokens.shape[1], cache.padding
-        if time == 1 and padding is None and tokens.shape[0] < MANY_ROWS and forced() == "auto":
+        if time == 1 and padding is None and tokens.shape[0] < MANY_ROWS and forced() in ("auto", "metal"):
             return self._step(tokens, cache)
         valid = None
         if padding is not None:

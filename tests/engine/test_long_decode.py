@@ -22,10 +22,10 @@ def test_20000_tokens_hold_live_arrays_and_graph_depth_flat(monkeypatch):
     model = moelocal.load()
     append = AttentionCache.append
 
-    def windowed(self, k, v):
+    def windowed(self, stored):
         if self.length >= 64:
             self.length = 32
-        return append(self, k, v)
+        return append(self, stored)
 
     monkeypatch.setattr(AttentionCache, "append", windowed)
     cache = model.new_cache()

@@ -11,8 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moelocal.engine import sampling as sampling_module
-from moelocal.engine.sampling import BAD_LOGITS, SORTED_AT_ONCE, Sampler, Sampling, log_probabilities
+from moelocal.engine.sampling import BAD_LOGITS, Sampler, Sampling, log_probabilities
 from moelocal.errors import RequestError
+from moelocal.ops import sample as sample_module
+from moelocal.ops.sample import SORTED_AT_ONCE
 
 VOCABULARY = 48
 DRAWS = 2000
@@ -103,7 +105,7 @@ def test_draws_follow_the_reference(sampling):
 @pytest.fixture
 def never_sorted(monkeypatch):
     """The paths of a large vocabulary at a size that a test can afford."""
-    monkeypatch.setattr(sampling_module, "SORTED_AT_ONCE", 0)
+    monkeypatch.setattr(sample_module, "SORTED_AT_ONCE", 0)
     sampling_module._compiled.cache_clear()
     yield
     sampling_module._compiled.cache_clear()
@@ -190,13 +192,13 @@ def test_what_is_left_equals_the_reference(sampling, seed, size, sorts):
     kept = p[p > 0] / p.max()
     assume(sampling.min_p in (0, 1) or np.abs(kept - sampling.min_p).min() > 1e-5)
 
-    threshold = sampling_module.SORTED_AT_ONCE
-    sampling_module.SORTED_AT_ONCE = size if sorts else 0
+    threshold = sample_module.SORTED_AT_ONCE
+    sample_module.SORTED_AT_ONCE = size if sorts else 0
     try:
         x = mx.array((grid - grid.max()) / sampling.temperature)
-        values, ids = sampling_module._truncated(sampling, x)
+        values, ids = sample_module.truncated(x, sampling.top_k, sampling.top_p, sampling.min_p)
     finally:
-        sampling_module.SORTED_AT_ONCE = threshold
+        sample_module.SORTED_AT_ONCE = threshold
     left = np.flatnonzero(np.array(values) > -np.inf)
     if ids is not None:
         left = np.sort(np.array(ids)[left])
@@ -209,16 +211,18 @@ def test_what_is_left_equals_the_reference(sampling, seed, size, sorts):
 )
 def test_the_largest_of_a_large_vocabulary(size, count, seed):
     x = np.random.default_rng(seed).permutation(size).astype(np.float32)
-    values, ids = sampling_module._largest(mx.array(x), count)
+    values, ids = sample_module.largest(mx.array(x), count)
     expected = np.argsort(-x)[:count]
     np.testing.assert_array_equal(np.array(ids), expected)
     np.testing.assert_array_equal(np.array(values), x[expected])
 
 
-def test_tokens_as_likely_as_the_last_of_the_nucleus_all_stay():
-    p = mx.array([0.4, 0.2, 0.2, 0.2], dtype=mx.float32)
-    assert sampling_module._nucleus_floor(p, 0.5).item() == p[1].item()
-    assert sampling_module._nucleus_floor(p, 0.4).item() == p[0].item()
+@pytest.mark.parametrize("sorts", [True, False])
+def test_tokens_as_likely_as_the_last_of_the_nucleus_all_stay(sorts, monkeypatch):
+    monkeypatch.setattr(sample_module, "SORTED_AT_ONCE", 4 if sorts else 0)
+    x = mx.log(mx.array([0.4, 0.2, 0.2, 0.2], dtype=mx.float32) / 0.4)
+    assert sample_module.nucleus_floor(x, 0.5).item() == x[1].item()
+    assert sample_module.nucleus_floor(x, 0.39).item() == 0
 
 
 @pytest.mark.parametrize(

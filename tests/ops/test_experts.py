@@ -33,13 +33,15 @@ def swiglu(spec, lead, width, hidden, joined=True):
     )
 
 
-def check(spec, tokens, count, per_token, width, hidden, seed, shared=True, joined=True):
+def check(spec, tokens, count, per_token, width, hidden, seed, shared=True, joined=True, residual=True):
     mx.random.seed(seed)
     x = mx.random.normal((tokens, hidden))
-    chosen, weights = route.reference(mx.random.normal((tokens, count)), per_token, True)
+    chosen, weights, share = route.reference(
+        mx.random.normal((tokens, count + shared)), per_token, True, shared
+    )
     extra = swiglu(spec, (), 2 * width, hidden) if shared else None
-    gate = mx.random.normal((tokens, 1)) if shared else None
-    arguments = (x, swiglu(spec, (count,), width, hidden, joined), chosen, weights, extra, gate)
+    residual = mx.random.normal((tokens, hidden)) if residual else None
+    arguments = (x, swiglu(spec, (count,), width, hidden, joined), chosen, weights, extra, share, residual)
     expected = experts.reference(*arguments)
     assert relative_error(experts.portable(*arguments), expected) < LIMIT
     assert relative_error(experts.host(*arguments), expected) < LIMIT
@@ -55,9 +57,10 @@ def check(spec, tokens, count, per_token, width, hidden, seed, shared=True, join
     seed=st.integers(0, 2**20),
     shared=st.booleans(),
     joined=st.booleans(),
+    residual=st.booleans(),
 )
-def test_dense_experts(tokens, count, per_token, width, hidden, seed, shared, joined):
-    check(None, tokens, count, min(per_token, count), width, hidden, seed, shared, joined)
+def test_dense_experts(tokens, count, per_token, width, hidden, seed, shared, joined, residual):
+    check(None, tokens, count, min(per_token, count), width, hidden, seed, shared, joined, residual)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.mode}-{s.bits}-{s.group}")
@@ -81,17 +84,27 @@ def test_linear(spec):
 @settings(max_examples=30, deadline=None)
 @given(
     count=st.integers(1, 40), per_token=st.integers(1, 8), seed=st.integers(0, 2**20), normalize=st.booleans(),
-    levels=st.sampled_from([2, 5, 10_000]), scale=st.sampled_from([1e-4, 1.0, 50.0]),
+    shared=st.booleans(), levels=st.sampled_from([2, 5, 10_000]), scale=st.sampled_from([1e-4, 1.0, 50.0, 1e4]),
 )  # fmt: skip
-def test_routes_agree_ties_included(count, per_token, seed, normalize, levels, scale):
+def test_routes_agree_ties_included(count, per_token, seed, normalize, shared, levels, scale):
     # few levels make exact ties, which both forms give to the lower index
     mx.random.seed(seed)
-    logits = mx.random.randint(0, levels, (9, count)).astype(mx.float32) / levels * scale
+    logits = mx.random.randint(0, levels, (9, count + shared)).astype(mx.float32) / levels * scale
     per_token = min(per_token, count)
-    expected, got = (f(logits, per_token, normalize) for f in (route.reference, route.portable))
-    # softmax can round different logits to one probability: then the order may differ, the weights may not
+    expected, got = (f(logits, per_token, normalize, shared) for f in (route.reference, route.portable))
+    assert mx.array_equal(expected[0], got[0])
     assert relative_error(got[1], expected[1]) < LIMIT
-    picked = [mx.take_along_axis(logits, chosen, axis=-1) for chosen in (expected[0], got[0])]
-    assert relative_error(picked[1], picked[0]) < LIMIT
-    if levels == 2:
-        assert mx.array_equal(expected[0], got[0].astype(mx.uint32))
+    assert (got[2] is None) is (expected[2] is None) is not shared
+    if shared:
+        assert relative_error(got[2], expected[2]) < LIMIT
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_nan_logits_rank_last_and_spoil_what_they_enter(normalize):
+    nan, inf = float("nan"), float("inf")
+    logits = mx.array([[nan, 1.0, -inf, -0.0, 0.0, nan, 3.0]])
+    for form in (route.reference, route.portable):
+        for per_token, enters in ((4, not normalize), (6, True)):
+            chosen, weights, _ = form(logits, per_token, normalize, False)
+            assert chosen.tolist() == [[6, 1, 3, 4, 2, 0][:per_token]]
+            assert mx.all(mx.isnan(weights)).item() is enters

@@ -11,36 +11,35 @@ STEP: Final = 256
 
 
 class AttentionCache:
-    """Keys and values [B, Hkv, capacity, D], of which the first `length` positions are filled. Append-only."""
+    """Keys and values in one buffer [2·B, Hkv, capacity, D], the keys of all rows before the values, so that a step is
+    one write (docs/decisions/0004-cache-write.md). `length` positions are filled. Append-only."""
 
-    __slots__ = ("keys", "length", "values")
+    __slots__ = ("buffer", "length")
 
     def __init__(self) -> None:
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        self.buffer: mx.array | None = None
         self.length = 0
 
-    def append(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        """Store k, v [B, Hkv, T, D] behind what is there; return all keys and values [B, Hkv, length, D]."""
-        start, stop = self.length, self.length + k.shape[2]
-        self.keys = _written(self.keys, k, start, stop)
-        self.values = _written(self.values, v, start, stop)
+    def append(self, stored: mx.array) -> tuple[mx.array, mx.array]:
+        """Store keys and values [2·B, Hkv, T, D] behind what is there; return all keys and all values, views
+        [B, Hkv, length, D]."""
+        start, stop = self.length, self.length + stored.shape[2]
+        if self.buffer is None or stop > self.buffer.shape[2]:
+            self.buffer = self._grown(stored, start, stop)
+        self.buffer[:, :, start:stop] = stored
         self.length = stop
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+        batch = stored.shape[0] // 2
+        return self.buffer[:batch, :, :stop], self.buffer[batch:, :, :stop]
+
+    def _grown(self, stored: mx.array, start: int, stop: int) -> mx.array:
+        """A buffer with room for `stop` positions that holds the first `start`."""
+        batches, heads, _, size = stored.shape
+        room = mx.zeros((batches, heads, -(-stop // STEP) * STEP - start, size), stored.dtype)
+        return room if self.buffer is None else mx.concatenate([self.buffer[:, :, :start], room], axis=2)
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [a for a in (self.keys, self.values) if a is not None]
-
-
-def _written(buffer: mx.array | None, new: mx.array, start: int, stop: int) -> mx.array:
-    """`buffer` with `new` at positions start..stop, grown first where it is too short."""
-    if buffer is None or stop > buffer.shape[2]:
-        batch, heads, _, size = new.shape
-        room = mx.zeros((batch, heads, -(-stop // STEP) * STEP - start, size), new.dtype)
-        buffer = room if buffer is None else mx.concatenate([buffer[:, :, :start], room], axis=2)
-    buffer[:, :, start:stop] = new
-    return buffer
+        return [] if self.buffer is None else [self.buffer]
 
 
 class RecurrentCache:

@@ -95,10 +95,12 @@ class Scope:
         self._require(source, shape, _FLOATS)
         return source.read().astype(mx.float32)
 
-    def matrix(self, name: str, rows: int, cols: int, dtype: mx.Dtype, experts: int | None = None) -> Weight:
+    def matrix(
+        self, name: str, rows: int, cols: int, dtype: mx.Dtype | None, experts: int | None = None
+    ) -> Weight:
         """The matrix `name`.weight [rows, cols], or [experts, rows, cols]; packed if the file holds it packed.
 
-        Floating-point values (dense weights, affine scales and biases) are given in `dtype`.
+        Floating-point values (dense weights, affine scales and biases) are given in `dtype`; None: as stored.
         Raises `CheckpointError` if it is missing, of another shape, or described differently by config.json.
         """
         lead = () if experts is None else (experts,)
@@ -110,7 +112,8 @@ class Scope:
             if plan is not None and plan.paths.get(path) is not None:
                 plan.check(path, None)
             self.checkpoint.formats[path] = str(source.dtype).removeprefix("mlx.core.")
-            return source.read().astype(dtype)
+            plain = source.read()
+            return plain if dtype is None else plain.astype(dtype)
         weight, scales = self._take(f"{name}.weight"), self._take(f"{name}.scales")
         if plan is None:
             raise CheckpointError(f"{scales.stored[0]}: packed weights, but config.json has no quantization")
@@ -124,7 +127,8 @@ class Scope:
             stored = self._take(f"{name}.biases")
             self._require(stored, scales.shape, (scales.dtype,))
             biases = stored.read()
-        return QuantizedArray(weight.read(), scales.read(), biases, spec).astype(dtype)
+        packed = QuantizedArray(weight.read(), scales.read(), biases, spec)
+        return packed if dtype is None else packed.astype(dtype)
 
     def _take(self, name: str) -> Source:
         full = self.prefix + name

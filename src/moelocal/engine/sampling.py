@@ -8,7 +8,7 @@ Order of operations, each skipped where it is off:
 3. logit bias (OpenAI: added), then rows that hold no token become -inf, whatever was added to them;
 4. temperature; 0 takes the largest logit (the lowest id among equals) and ends here;
 5. top_k, then top_p within what top_k left, then min_p relative to the likeliest token (as Hugging Face);
-6. one draw from the rest, renormalised: the argmax of logits plus Gumbel noise.
+6. one draw from the rest, renormalised: the argmax of logits plus Gumbel noise (5 and 6: `ops/sample.py`).
 
 A draw is a function of (logits, seed, step): the key of step n is counted up from the seed, so nothing is
 carried along the steps but the token counts, and those only where a penalty asks for them.
@@ -28,15 +28,13 @@ import numpy as np
 import numpy.typing as npt
 
 from moelocal.errors import RequestError
+from moelocal.ops.op import forced
+from moelocal.ops.sample import largest, noise_size, sample
 
 BAD_LOGITS = -1
 """The token of a `Sampler` where the largest logit is NaN or infinite; the engine raises when it reads it."""
 
-# Up to this size one sort is cheaper than selecting: on Metal it fits into one threadgroup.
-SORTED_AT_ONCE = 4096
-
 _NOTHING = -math.inf
-_BITS_OF_ONE = 0x3F800000  # float32 1.0
 _LOW_64_BITS = 0xFFFFFFFFFFFFFFFF
 
 
@@ -132,7 +130,7 @@ class Sampler:
         self._token_mask = token_mask
         self._prompt = prompt
         self._draws = sampling.temperature > 0
-        self._step = _compiled(replace(sampling, logit_bias={}))
+        self._step = _compiled(replace(sampling, logit_bias={}), forced())
         self._counts: mx.array | None = None
         self._fixed: dict[str, mx.array] | None = None
 
@@ -195,7 +193,7 @@ def log_probabilities(
     if top == 0:
         return chosen, mx.zeros((0,), dtype=mx.int32), mx.zeros((0,), dtype=mx.float32)
     listed = x if token_mask is None else mx.where(token_mask, x, _NOTHING)
-    values, ids = _largest(listed, top)
+    values, ids = largest(listed, top)
     return chosen, ids, values - total
 
 
@@ -211,8 +209,11 @@ _Step = Callable[..., tuple[mx.array, mx.array | None]]
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(sampling: Sampling) -> _Step:
-    """The compiled step of one kind of sampling, kept over answers because tracing it takes milliseconds."""
+def _compiled(sampling: Sampling, form: str) -> _Step:
+    """The compiled step of one kind of sampling, kept over answers because tracing it takes milliseconds.
+
+    `form` is the override in effect: a trace holds the form that the op chose when it was made.
+    """
     step: _Step = mx.compile(functools.partial(_choose, sampling))
     return step
 
@@ -259,62 +260,7 @@ def _penalised(sampling: Sampling, x: mx.array, counts: mx.array, in_prompt: mx.
 
 def _draw(sampling: Sampling, x: mx.array, key: mx.array) -> mx.array:
     """One token of softmax(x) [V] after truncation; the largest value of `x` is 0."""
-    x, ids = _truncated(sampling, x)
-    noise = mx.random.gumbel(x.shape, key=key)
+    noise = mx.random.gumbel((noise_size(x.size, sampling.top_k),), key=key)
     # Uniform noise of exactly 0 gives -inf, and with one token left argmax would then take row 0. The next
     # smallest value is -log(32 log 2) = -3.1, so this bound changes nothing else.
-    index = mx.argmax(x + mx.maximum(noise, -4.0))
-    return index if ids is None else ids[index]
-
-
-def _truncated(sampling: Sampling, x: mx.array) -> tuple[mx.array, mx.array | None]:
-    """top_k, top_p and min_p; what they remove is -inf. Values and their ids, or None where they are [V]."""
-    size = x.shape[0]
-    ids = None
-    if 0 < sampling.top_k < size or (sampling.top_p < 1 and size <= SORTED_AT_ONCE):
-        x, ids = _largest(x, min(sampling.top_k or size, size))
-    if sampling.top_p < 1:
-        p = mx.softmax(x)
-        if ids is None:
-            nucleus = p >= _nucleus_floor(p, sampling.top_p)
-        else:
-            # What stands before a token of the nucleus sums to less than top_p; the first one always stays.
-            nucleus = mx.cumsum(p, inclusive=False) < sampling.top_p
-        x = mx.where(nucleus, x, _NOTHING)
-    if sampling.min_p > 0:
-        x = mx.where(x >= math.log(sampling.min_p), x, _NOTHING)
-    return x, ids
-
-
-def _largest(x: mx.array, count: int) -> tuple[mx.array, mx.array]:
-    """The `count` largest values of `x` [V], largest first, and their int32 ids; equals come in any order.
-
-    A large `x` is cut into blocks: the `count` largest values lie in the `count` blocks of largest maximum,
-    so two sorts of about sqrt(V * count) values find them.
-    """
-    size = x.shape[0]
-    width = 1 << max(round(math.log2(max(size / count, 1)) / 2), 0)
-    if size <= SORTED_AT_ONCE or width < 4:
-        ids = mx.argsort(-x)[:count]
-        return x[ids], ids.astype(mx.int32)
-    blocks = mx.pad(x, (0, -size % width), constant_values=_NOTHING).reshape(-1, width)
-    chosen = mx.argsort(-mx.max(blocks, axis=-1))[:count]
-    values = blocks[chosen].reshape(-1)
-    order = mx.argsort(-values)[:count]
-    ids = chosen[order // width] * width + order % width
-    return values[order], ids.astype(mx.int32)
-
-
-def _nucleus_floor(p: mx.array, top_p: float) -> mx.array:
-    """The smallest probability of the nucleus: the largest f such that all of `p` [V] from f on sum to top_p.
-
-    Bisection over the bits of the float, which order as the floats do: exact after the 30 bits of [0, 1].
-    Tokens as likely as the last one of the nucleus all belong to it, where a sort would keep some by chance.
-    """
-    low, high = mx.array(0, dtype=mx.int32), mx.array(_BITS_OF_ONE, dtype=mx.int32)
-    bits = p.view(mx.int32)
-    for _ in range(_BITS_OF_ONE.bit_length()):
-        middle = (low + high + 1) // 2
-        enough = mx.sum(mx.where(bits >= middle, p, 0.0)) >= top_p
-        low, high = mx.where(enough, middle, low), mx.where(enough, high, middle - 1)
-    return low.view(mx.float32)
+    return sample(x, mx.maximum(noise, -4.0), sampling.top_k, sampling.top_p, sampling.min_p)

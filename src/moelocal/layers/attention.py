@@ -9,10 +9,10 @@ from moelocal.checkpoint.scope import Scope
 from moelocal.config import AttentionSpec
 from moelocal.formats import arrays_of
 from moelocal.layers.projection import Projection
-from moelocal.layers.rope import Rope
+from moelocal.layers.rope import attention_factor, frequencies
 from moelocal.ops.attend import attend
 from moelocal.ops.linear import linear
-from moelocal.ops.norm import rms_norm
+from moelocal.ops.prologue import PrologueWeights, prologue
 
 
 class Attention:
@@ -20,8 +20,7 @@ class Attention:
     multiplied by σ(gate) before o_proj (transformers, modeling_qwen3_next.py)."""
 
     def __init__(self, scope: Scope, spec: AttentionSpec, hidden: int, eps: float, dtype: mx.Dtype) -> None:
-        self.spec, self.eps, self.scale = spec, eps, spec.head_dim**-0.5
-        self.rope = Rope(spec)
+        self.spec, self.scale = spec, spec.head_dim**-0.5
         q_rows = spec.heads * spec.head_dim * (2 if spec.gated else 1)
         kv_rows = spec.kv_heads * spec.head_dim
         self.qkv = Projection(
@@ -32,50 +31,47 @@ class Attention:
             ]
         )
         self.out = scope.matrix("o_proj", hidden, spec.heads * spec.head_dim, dtype)
-        self.q_norm = scope.array("q_norm.weight", (spec.head_dim,))
-        self.k_norm = scope.array("k_norm.weight", (spec.head_dim,))
+        factor, turns = attention_factor(spec), frequencies(spec)
+        self.weights = PrologueWeights(
+            spec,
+            eps,
+            q_norm=scope.array("q_norm.weight", (spec.head_dim,)) * factor,
+            k_norm=scope.array("k_norm.weight", (spec.head_dim,)) * factor,
+            frequencies=turns,
+            periods=1.0 / turns,
+        )
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [*self.qkv.arrays, *arrays_of(self.out), self.q_norm, self.k_norm]
+        return [*self.qkv.arrays, *arrays_of(self.out), *self.weights.arrays]
 
-    def prologue(
-        self, x: mx.array, offset: int | mx.array
-    ) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
-        """Rotated q [B, Hq, T, D] and k, plain v [B, Hkv, T, D], gate [B, T, Hq·D] or None."""
-        batch, time, _ = x.shape
+    def prologue(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
+        """Rotated q [B, Hq, T, D], what the cache stores [2·B, Hkv, T, D], gate [B, T, Hq, D] or None."""
         spec = self.spec
         q, k, v = self.qkv(x)
         gate = None
-        q = q.reshape(batch, time, spec.heads, -1)
         if spec.gated:
-            q, gate = mx.split(q, 2, axis=-1)
-            gate = gate.reshape(batch, time, -1)
-        q = rms_norm(q, self.q_norm, self.eps)
-        k = rms_norm(k.reshape(batch, time, spec.kv_heads, -1), self.k_norm, self.eps)
-        v = v.reshape(batch, time, spec.kv_heads, -1)
-        return (
-            self.rope(q.swapaxes(1, 2), offset),
-            self.rope(k.swapaxes(1, 2), offset),
-            v.swapaxes(1, 2),
-            gate,
-        )
-
-    def epilogue(self, heads: mx.array, gate: mx.array | None) -> mx.array:
-        """Heads [B, Hq, T, D] -> [B, T, H]."""
-        batch, _, time, _ = heads.shape
-        y = heads.swapaxes(1, 2).reshape(batch, time, -1)
-        return linear(y if gate is None else y * mx.sigmoid(gate), self.out)
+            gate = q.reshape(*q.shape[:2], spec.heads, -1)[..., spec.head_dim :]
+        return *prologue(q, k, v, offset, self.weights), gate
 
     def attend(
-        self, q: mx.array, k: mx.array, v: mx.array, cache: AttentionCache, padding: mx.array | None
+        self,
+        q: mx.array,
+        stored: mx.array,
+        gate: mx.array | None,
+        cache: AttentionCache,
+        padding: mx.array | None,
     ) -> mx.array:
-        """Append k and v to the cache and attend over all of it."""
-        keys, values = cache.append(k, v)
-        return attend(q, keys, values, self.scale, padding)
+        """Append to the cache and attend over all of it -> gated heads [B, T, Hq·D]."""
+        keys, values = cache.append(stored)
+        return attend(q, keys, values, self.scale, padding, gate)
+
+    def epilogue(self, heads: mx.array) -> mx.array:
+        """Gated heads [B, T, Hq·D] -> [B, T, H]."""
+        return linear(heads, self.out)
 
     def __call__(
         self, x: mx.array, cache: AttentionCache, position: int, padding: mx.array | None
     ) -> mx.array:
-        q, k, v, gate = self.prologue(x, position if padding is None else position - padding)
-        return self.epilogue(self.attend(q, k, v, cache, padding), gate)
+        q, stored, gate = self.prologue(x, position if padding is None else position - padding)
+        return self.epilogue(self.attend(q, stored, gate, cache, padding))

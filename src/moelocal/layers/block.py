@@ -13,6 +13,7 @@ from moelocal.config import AttentionSpec, LayerSpec, MoESpec
 from moelocal.layers.attention import Attention
 from moelocal.layers.delta_net import DeltaNet
 from moelocal.layers.mlp import Dense, MoE
+from moelocal.ops.add_norm import add_norm
 from moelocal.ops.norm import rms_norm
 
 
@@ -40,8 +41,9 @@ class Block:
         """Every weight of the layer, for `mx.eval`."""
         return [self.before_mixer, self.before_mlp, *self.mixer.arrays, *self.mlp.arrays]
 
-    def feed_forward(self, h: mx.array) -> mx.array:
-        return h + self.mlp(rms_norm(h, self.before_mlp, self.eps))
+    def feed_forward(self, x: mx.array, mixed: mx.array) -> mx.array:
+        h, normed = add_norm(x, mixed, self.before_mlp, self.eps)
+        return self.mlp(normed, h)
 
     def __call__(
         self,
@@ -59,8 +61,9 @@ class Block:
         else:
             assert isinstance(cache, RecurrentCache)
             mixed = self.mixer(normed, cache, valid)
-        h = x + mixed
-        return self.feed_forward(h if rows is None else h[:, -rows:])
+        if rows is not None:
+            x, mixed = x[:, -rows:], mixed[:, -rows:]
+        return self.feed_forward(x, mixed)
 
     def step(self, x: mx.array, cache: LayerCache, position: mx.array) -> mx.array:
         """One token per row, [B, 1, H] -> [B, 1, H]: as `__call__`, in functions compiled once per batch size.
@@ -70,9 +73,8 @@ class Block:
         """
         if isinstance(self.mixer, Attention):
             assert isinstance(cache, AttentionCache)
-            q, k, v, *gate = self._enter(x, position)
-            heads = self.mixer.attend(q, k, v, cache, None)
-            return self._leave(x, heads, *gate)
+            q, stored, *gate = self._enter(x, position)
+            return self._leave(x, self.mixer.attend(q, stored, gate[0] if gate else None, cache, None))
         assert isinstance(cache, RecurrentCache)
         if cache.conv is None or cache.state is None:
             cache.conv, cache.state = self.mixer.begin(x.shape[0])
@@ -83,16 +85,16 @@ class Block:
     def _enter(self) -> Callable[..., list[mx.array]]:
         def enter(x: mx.array, position: mx.array) -> list[mx.array]:
             assert isinstance(self.mixer, Attention)
-            q, k, v, gate = self.mixer.prologue(rms_norm(x, self.before_mixer, self.eps), position)
-            return [q, k, v] if gate is None else [q, k, v, gate]
+            q, stored, gate = self.mixer.prologue(rms_norm(x, self.before_mixer, self.eps), position)
+            return [q, stored] if gate is None else [q, stored, gate]
 
         return mx.compile(enter)
 
     @cached_property
     def _leave(self) -> Callable[..., mx.array]:
-        def leave(x: mx.array, heads: mx.array, gate: mx.array | None = None) -> mx.array:
+        def leave(x: mx.array, heads: mx.array) -> mx.array:
             assert isinstance(self.mixer, Attention)
-            return self.feed_forward(x + self.mixer.epilogue(heads, gate))
+            return self.feed_forward(x, self.mixer.epilogue(heads))
 
         return mx.compile(leave)
 
@@ -102,6 +104,6 @@ class Block:
             assert isinstance(self.mixer, DeltaNet)
             normed = rms_norm(x, self.before_mixer, self.eps)
             y, conv, state = self.mixer.step(normed, conv, state, None)
-            return self.feed_forward(x + y), conv, state
+            return self.feed_forward(x, y), conv, state
 
         return mx.compile(whole)

@@ -7,11 +7,12 @@ import mlx.core as mx
 from moelocal.checkpoint.scope import Scope
 from moelocal.config import DenseSpec, MoESpec
 from moelocal.formats import Weight
-from moelocal.layers.projection import Projection, fuse
+from moelocal.layers.projection import fuse
 from moelocal.ops.experts import SwiGLU, experts, swiglu
 from moelocal.ops.linear import linear
 from moelocal.ops.op import on_cpu
 from moelocal.ops.route import route
+from moelocal.ops.router import RouterWeights, router
 
 
 def _swiglu(scope: Scope, width: int, hidden: int, dtype: mx.Dtype, count: int | None = None) -> SwiGLU:
@@ -21,7 +22,7 @@ def _swiglu(scope: Scope, width: int, hidden: int, dtype: mx.Dtype, count: int |
 
 
 class Dense:
-    """x [B, T, H] -> down(silu(gate x) ⊙ up x)."""
+    """x, residual [B, T, H] -> residual + down(silu(gate x) ⊙ up x)."""
 
     def __init__(self, scope: Scope, spec: DenseSpec, hidden: int, dtype: mx.Dtype) -> None:
         self.weights = _swiglu(scope, spec.width, hidden, dtype)
@@ -30,21 +31,22 @@ class Dense:
     def arrays(self) -> list[mx.array]:
         return self.weights.arrays
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return linear(swiglu([linear(x, w) for w in self.weights.gate_up]), self.weights.down)
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        return residual + linear(swiglu([linear(x, w) for w in self.weights.gate_up]), self.weights.down)
 
 
 class MoE:
-    """x [B, T, H] -> the chosen experts' weighted sum and the shared expert. The router computes in float32."""
+    """x, residual [B, T, H] -> residual, the chosen experts' weighted sum and the shared expert, added up. The router
+    computes in float32."""
 
     def __init__(self, scope: Scope, spec: MoESpec, hidden: int, dtype: mx.Dtype) -> None:
         self.spec = spec
-        router = [scope.matrix("gate", spec.experts, hidden, mx.float32)]
+        matrices = [scope.matrix("gate", spec.experts, hidden, None)]
         self.shared: SwiGLU | None = None
         if spec.shared_width:
-            router.append(scope.matrix("shared_expert_gate", 1, hidden, mx.float32))
+            matrices.append(scope.matrix("shared_expert_gate", 1, hidden, None))
             self.shared = _swiglu(scope.at("shared_expert"), spec.shared_width, hidden, dtype)
-        self.router = Projection(router)
+        self.router = RouterWeights.build(matrices)
         routed = _swiglu(scope.at("switch_mlp"), spec.width, hidden, dtype, spec.experts)
         # MLX's CPU product with chosen experts knows float32 only
         self.routed = _widened(routed) if on_cpu() else routed
@@ -53,11 +55,13 @@ class MoE:
     def arrays(self) -> list[mx.array]:
         return [*self.router.arrays, *self.routed.arrays, *(self.shared.arrays if self.shared else [])]
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         flat = x.reshape(-1, x.shape[-1])
-        logits, *shared_gate = self.router(flat.astype(mx.float32))
-        chosen, weights = route(logits, self.spec.per_token, self.spec.normalize)
-        y = experts(flat, self.routed, chosen, weights, self.shared, shared_gate[0] if shared_gate else None)
+        logits = router(flat, self.router)
+        chosen, weights, share = route(
+            logits, self.spec.per_token, self.spec.normalize, self.shared is not None
+        )
+        y = experts(flat, self.routed, chosen, weights, self.shared, share, residual.reshape(flat.shape))
         return y.reshape(x.shape)
 
 

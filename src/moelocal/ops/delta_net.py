@@ -5,16 +5,23 @@ conv [B, W − 1, C] the last rows of u before this call, state [B, Hv, Dv, Dk] 
     u = silu(causal depthwise conv(u));  q, k, v = split(u);  q = q/sqrt(Σq² + 1e-6)·Dk^-½;  k = k/sqrt(Σk² + 1e-6)
     log g = −exp(A_log)·softplus(a + dt_bias);  β = σ(b);  o = delta rule;  y = o/sqrt(mean(o²) + ε)·w ⊙ silu(z)
 -> y [B, T, Hv·Dv] in the dtype of u, and the new conv and state. Float32 inside.
+
+`delta_net_states` is the same with conv and state after every position, conv [B, T, W − 1, C] and state
+[B, T, Hv, Dv, Dk]: what goes back to after a draft was refused in its middle.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Final
 
 import mlx.core as mx
 import numpy as np
 
 from moelocal.config import DeltaNetSpec
+from moelocal.metal import Kernel
 from moelocal.ops import delta, norm
 from moelocal.ops.host import MANY_ROWS, borrow, silu
 from moelocal.ops.op import Op
@@ -24,7 +31,8 @@ L2_EPS = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class DeltaNetWeights:
-    """Float32: `conv` [W, C], `decay` = −exp(A_log) [Hv], `dt_bias` [Hv], `norm` [Dv]; `eps` of the gated norm.
+    """Float32 and row-contiguous: `conv` [W, C], `decay` = −exp(A_log) [Hv], `dt_bias` [Hv], `norm` [Dv]; `eps` of the
+    gated norm.
 
     `q_scale`, `k_scale` [Dk] make an RMS norm with eps 1e-6 / Dk the l2 norm that the equations ask for.
     """
@@ -53,9 +61,9 @@ class DeltaNetWeights:
         return cls(
             spec=spec,
             conv=mx.contiguous(mx.swapaxes(conv[..., 0], 0, 1)),
-            decay=-mx.exp(a_log),
-            dt_bias=dt_bias,
-            norm=norm,
+            decay=mx.contiguous(-mx.exp(a_log)),
+            dt_bias=mx.contiguous(dt_bias),
+            norm=mx.contiguous(norm),
             eps=eps,
             q_scale=ones / spec.key_dim,
             k_scale=ones / spec.key_dim**0.5,
@@ -169,10 +177,138 @@ def host(
     return mx.array(y), mx.array(window[:, time:]), mx.array(after)
 
 
+LANES: Final = 8
+"""Threads of the kernel along a row of the state. Like the next two not tuned, for want of hardware."""
+
+SIMDGROUPS: Final = 16
+"""At most in a threadgroup."""
+
+OWNED: Final = 32
+"""Elements of the state that a thread can keep in registers: 16 simdgroups own a matrix of 128 x 128."""
+
+MOST: Final = 8
+"""Positions of one launch."""
+
+DELTA_NET: Final = Kernel(
+    name="delta_net",
+    file="delta_net",
+    inputs=("u", "z", "b", "a", "conv", "state", "taps", "decay", "dt_bias", "norm", "eps"),
+    outputs=("y", "conv_after", "state_after"),
+    call="""threadgroup float queries[TIME * COLUMNS * LANES];
+threadgroup float keys[TIME * COLUMNS * LANES];
+threadgroup float values[TIME * ROWS * SIMDGROUPS * 32 / LANES];
+threadgroup float outputs[TIME * ROWS * SIMDGROUPS * 32 / LANES];
+threadgroup float gates[2 * TIME];
+delta_net<T, EVERY, TIME, HK, HV, DK, DV, WIDTH, LANES, SIMDGROUPS, ROWS, COLUMNS>(
+    u, u_strides, z, z_strides, b, b_strides, a, a_strides, conv, conv_strides, state, state_strides,
+    taps, decay, dt_bias, norm, eps, y, conv_after, state_after, queries, keys, values, outputs, gates,
+    threadgroup_position_in_grid.y, threadgroup_position_in_grid.z, thread_index_in_threadgroup,
+    thread_index_in_simdgroup, simdgroup_index_in_threadgroup);""",
+    strided=True,
+)
+
+
+def _geometry(spec: DeltaNetSpec) -> tuple[int, int, int]:
+    """Simdgroups of a threadgroup, and rows and columns of the state that a thread owns."""
+    simdgroups = min(SIMDGROUPS, -(-spec.value_dim * LANES // 32))
+    rows = -(-spec.value_dim * LANES // (32 * simdgroups))
+    return simdgroups, rows, 4 * -(-spec.key_dim // (4 * LANES))
+
+
+def _launch(
+    every: bool,
+    u: mx.array,
+    z: mx.array,
+    b: mx.array,
+    a: mx.array,
+    conv: mx.array,
+    state: mx.array,
+    valid: mx.array | None,
+    weights: DeltaNetWeights,
+) -> Result:
+    """With conv and state after `every` position, or after the last only."""
+    spec, (batch, time, _) = weights.spec, u.shape
+    simdgroups, rows, columns = _geometry(spec)
+    after = (batch, time) if every else (batch,)
+    constants = [weights.conv, weights.decay, weights.dt_bias, weights.norm, mx.array(weights.eps)]
+    y, conv, state = DELTA_NET(
+        [u, z, b, a, conv, state, *constants],
+        shapes=[z.shape, (*after, *conv.shape[1:]), (*after, *state.shape[1:])],
+        dtypes=[u.dtype, u.dtype, mx.float32],
+        grid=(32 * simdgroups, spec.value_heads, batch),
+        threadgroup=(32 * simdgroups, 1, 1),
+        template={
+            **{"T": u.dtype, "EVERY": every, "TIME": time, "WIDTH": spec.conv_width},
+            **{"HK": spec.key_heads, "HV": spec.value_heads, "DK": spec.key_dim, "DV": spec.value_dim},
+            **{"LANES": LANES, "SIMDGROUPS": simdgroups, "ROWS": rows, "COLUMNS": columns},
+        },
+    )
+    return y, conv, state
+
+
+def supports(
+    u: mx.array,
+    z: mx.array,
+    b: mx.array,
+    a: mx.array,
+    conv: mx.array,
+    state: mx.array,
+    valid: mx.array | None,
+    weights: DeltaNetWeights,
+) -> bool:
+    """Up to `MOST` positions without padding, one compute dtype. Dv from 8 (shorter arrays of values would lie in
+    constant memory) to 256 (threadgroup memory); any Dk, as long as the matrix fits `OWNED`: 128 x 128 does, 256 x 64,
+    and 64 x 256 too."""
+    _, rows, columns = _geometry(weights.spec)
+    return (
+        valid is None
+        and u.shape[0] > 0
+        and 1 <= u.shape[1] <= MOST
+        and 8 <= weights.spec.value_dim <= 256
+        and rows * columns <= OWNED
+        and u.dtype == z.dtype == b.dtype == a.dtype == conv.dtype
+        and state.dtype == mx.float32
+    )
+
+
+def _one_by_one(form: Callable[..., Result]) -> Callable[..., Result]:
+    """The positions one after the other, with conv and state after each."""
+
+    def states(
+        u: mx.array,
+        z: mx.array,
+        b: mx.array,
+        a: mx.array,
+        conv: mx.array,
+        state: mx.array,
+        valid: mx.array | None,
+        weights: DeltaNetWeights,
+    ) -> Result:
+        after: list[Result] = []
+        for t in range(u.shape[1]):
+            now = [x if x is None else x[:, t : t + 1] for x in (u, z, b, a, valid)]
+            y, conv, state = form(*now[:4], conv, state, now[4], weights)
+            after.append((y, conv[:, None], state[:, None]))
+        y, conv, state = (mx.concatenate(list(parts), axis=1) for parts in zip(*after, strict=True))
+        return y, conv, state
+
+    return states
+
+
 delta_net = Op(
     "delta_net",
     reference=reference,
     portable=portable,
     host=host,
     host_when=lambda u, *rest: u.dtype == mx.float32 and u.shape[1] >= MANY_ROWS,
+    metal=partial(_launch, False),
+    supports=supports,
+)
+
+delta_net_states = Op(
+    "delta_net_states",
+    reference=_one_by_one(reference),
+    portable=_one_by_one(portable),
+    metal=partial(_launch, True),
+    supports=supports,
 )

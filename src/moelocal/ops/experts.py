@@ -1,6 +1,8 @@
-"""The expert block: Σ_k w_k · down_k(silu(gate_k x) ⊙ up_k x), plus σ(s) · the shared expert, summed in float32.
+"""The expert block: y = residual + Σ_k w_k · down_k(silu(gate_k x) ⊙ up_k x) + share · the shared expert.
 
-x [N, H]; chosen uint32 [N, K]; weights float32 [N, K]; shared_gate [N, 1] logits s, or None -> [N, H] in x's dtype.
+x, residual [N, H] of one dtype; chosen uint32 [N, K]; weights float32 [N, K]; share float32 [N, 1] -> y [N, H] in that
+dtype. The sum is float32, rounded once. `shared` and `share` are None without a shared expert, `residual` where nothing
+is to be added.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from moelocal.formats import QuantizedArray, Weight, arrays_of
+from moelocal.metal import Kernel
 from moelocal.ops import linear as lin
 from moelocal.ops.host import Host, borrow, borrow_weight, many_rows, silu
 from moelocal.ops.op import Op
@@ -38,7 +41,8 @@ def swiglu(parts: list[mx.array]) -> mx.array:
 
 
 def _plain(weight: Weight) -> mx.array:
-    return weight.dequantize(mx.float32) if isinstance(weight, QuantizedArray) else weight.astype(mx.float32)
+    wide = weight.astype(mx.float32)  # scales and biases too: `mx.dequantize` rounds to their dtype
+    return wide.dequantize(mx.float32) if isinstance(wide, QuantizedArray) else wide
 
 
 def reference(
@@ -47,19 +51,20 @@ def reference(
     chosen: mx.array,
     weights: mx.array,
     shared: SwiGLU | None,
-    shared_gate: mx.array | None,
+    share: mx.array | None,
+    residual: mx.array | None,
 ) -> mx.array:
     wide = x.astype(mx.float32)
     gate, up = mx.split(mx.concatenate([_plain(w) for w in routed.gate_up], axis=-2), 2, axis=-2)  # [E, I, H]
-    total = mx.zeros_like(wide)
+    total = mx.zeros_like(wide) if residual is None else residual.astype(mx.float32)
     for k in range(chosen.shape[1]):
         e = chosen[:, k]
         column = wide[:, :, None]
         hidden = (gate[e] @ column) * mx.sigmoid(gate[e] @ column) * (up[e] @ column)  # [N, I, 1]
         total = total + weights[:, k, None] * (_plain(routed.down)[e] @ hidden)[..., 0]
-    if shared is not None and shared_gate is not None:
-        out = lin.reference(swiglu([lin.reference(wide, w) for w in shared.gate_up]), shared.down)
-        total = total + mx.sigmoid(shared_gate.astype(mx.float32)) * out
+    if shared is not None and share is not None:
+        out = swiglu([wide @ _plain(w).T for w in shared.gate_up]) @ _plain(shared.down).T
+        total = total + share * out
     return total.astype(x.dtype)
 
 
@@ -88,7 +93,8 @@ def portable(
     chosen: mx.array,
     weights: mx.array,
     shared: SwiGLU | None,
-    shared_gate: mx.array | None,
+    share: mx.array | None,
+    residual: mx.array | None,
 ) -> mx.array:
     (tokens, per_token), hidden = chosen.shape, x.shape[-1]
     # the CPU's gather_mm knows float32 only; there dense experts are loaded as float32
@@ -107,10 +113,10 @@ def portable(
         out = out[mx.argsort(order)]
     out = out.reshape(tokens, per_token, hidden).astype(mx.float32)
     total = (weights[:, None, :] @ out)[:, 0]
-    if shared is not None and shared_gate is not None:
+    if shared is not None and share is not None:
         extra = lin.portable(swiglu([lin.portable(x, w) for w in shared.gate_up]), shared.down)
-        total = total + mx.sigmoid(shared_gate.astype(mx.float32)) * extra
-    return total.astype(x.dtype)
+        total = total + share * extra
+    return (total if residual is None else residual + total).astype(x.dtype)
 
 
 def _host_swiglu(x: Host, gate_up: list[Host], down: Host) -> Host:
@@ -126,7 +132,8 @@ def host(
     chosen: mx.array,
     weights: mx.array,
     shared: SwiGLU | None,
-    shared_gate: mx.array | None,
+    share: mx.array | None,
+    residual: mx.array | None,
 ) -> mx.array:
     mx.eval(x, chosen, weights)
     rows, w = borrow(x), borrow(weights).reshape(-1)
@@ -141,14 +148,150 @@ def host(
             # a token meets an expert at most once, so that += over its rows is safe
             token = pairs // per_token
             total[token] += w[pairs, None] * _host_swiglu(rows[token], [g[e] for g in gate_up], down[e])
-    if shared is not None and shared_gate is not None:
-        gate = borrow(mx.sigmoid(shared_gate.astype(mx.float32)))
-        total += gate * _host_swiglu(
+    if shared is not None and share is not None:
+        total += borrow(share) * _host_swiglu(
             rows, [borrow_weight(g) for g in shared.gate_up], borrow_weight(shared.down)
         )
+    if residual is not None:
+        total += borrow(residual)
     return mx.array(total)
 
 
+# Untuned on hardware: rows that a SIMD-group owns in each launch (of gate and of up; of y); SIMD-groups of a
+# threadgroup
+INNER_ROWS, SUM_ROWS, SIMDGROUPS = 2, 2, 2
+
+MOST_TOKENS = 8
+"""Every token reads its experts by itself. More tokens than this have many in common, which stock MLX reads once."""
+
+_WEIGHTS = ("packed", "scales", "biases", "shared_packed", "shared_scales", "shared_biases")
+_PLACE = """threadgroup_position_in_grid.y,
+    threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup, thread_index_in_simdgroup);"""
+
+INNER = Kernel(
+    name="experts_inner",
+    file="experts",
+    inputs=("x", *_WEIGHTS, "chosen"),
+    outputs=("inner",),
+    call="""experts_inner<BITS, GROUP, SHARED, SHARED_BITS, SHARED_GROUP, ROWS>(x, packed, scales, biases,
+    shared_packed, shared_scales, shared_biases, chosen, inner, chosen_shape[1], packed_shape[1] / 2,
+    SHARED ? shared_packed_shape[0] / 2 : 0, x_shape[1], """
+    + _PLACE,
+)
+
+SUM = Kernel(
+    name="experts_sum",
+    file="experts",
+    inputs=("inner", *_WEIGHTS, "chosen", "weights", "share", "residual"),
+    outputs=("y",),
+    call="""experts_sum<BITS, GROUP, SHARED, SHARED_BITS, SHARED_GROUP, ROWS, RESIDUAL>(inner, packed, scales, biases,
+    shared_packed, shared_scales, shared_biases, chosen, weights, share, residual, y, chosen_shape[1],
+    scales_shape[2] * GROUP, SHARED ? shared_scales_shape[1] * SHARED_GROUP : 0, packed_shape[1], """
+    + _PLACE,
+)
+
+
+def _launch(
+    kernel: Kernel,
+    x: mx.array,
+    routed: Weight,
+    shared: Weight | None,
+    rest: list[mx.array],
+    columns: int,
+    blocks: int,
+    template: dict[str, int | bool],
+) -> mx.array:
+    """One kernel over `blocks` SIMD-groups per token of x -> [N, columns]."""
+    # a kernel always gets all of its inputs: where there is no shared expert the routed ones stand in, untouched
+    other = routed if shared is None else shared
+    assert isinstance(routed, QuantizedArray) and isinstance(other, QuantizedArray)
+    threads = 32 * SIMDGROUPS
+    (y,) = kernel(
+        [x, *routed.arrays, *other.arrays, *rest],
+        shapes=[(x.shape[0], columns)],
+        dtypes=[x.dtype],
+        grid=(-(-blocks // SIMDGROUPS) * threads, x.shape[0], 1),
+        threadgroup=(threads, 1, 1),
+        template={
+            "BITS": routed.spec.bits,
+            "GROUP": routed.spec.group,
+            "SHARED": shared is not None,
+            "SHARED_BITS": other.spec.bits,
+            "SHARED_GROUP": other.spec.group,
+            "SIMDGROUPS": SIMDGROUPS,
+            **template,
+        },
+    )
+    return y
+
+
+def metal(
+    x: mx.array,
+    routed: SwiGLU,
+    chosen: mx.array,
+    weights: mx.array,
+    shared: SwiGLU | None,
+    share: mx.array | None,
+    residual: mx.array | None,
+) -> mx.array:
+    per_token, hidden = chosen.shape[1], x.shape[1]
+    gate_up, down = (None, None) if shared is None else (shared.gate_up[0], shared.down)
+    width, extra = _rows(routed.gate_up[0]) // 2, _rows(gate_up) // 2
+    inner = _launch(
+        INNER,
+        x,
+        routed.gate_up[0],
+        gate_up,
+        [chosen],
+        per_token * width + extra,
+        per_token * -(-width // INNER_ROWS) + -(-extra // INNER_ROWS),
+        {"ROWS": INNER_ROWS},
+    )
+    return _launch(
+        SUM,
+        inner,
+        routed.down,
+        down,
+        [chosen, weights, weights if share is None else share, x if residual is None else residual],
+        hidden,
+        -(-hidden // SUM_ROWS),
+        {"ROWS": SUM_ROWS, "RESIDUAL": residual is not None},
+    )
+
+
+def _rows(weight: Weight | None) -> int:
+    return weight.weight.shape[-2] if isinstance(weight, QuantizedArray) else 0
+
+
+def _affine(block: SwiGLU) -> bool:
+    """Whether both matrices are packed in affine groups, and an expert's words can be counted in 32 bits."""
+    weights = (*block.gate_up, block.down)
+    return len(weights) == 2 and all(
+        isinstance(w, QuantizedArray)
+        and w.spec.mode == "affine"
+        and w.weight.shape[-2] * w.weight.shape[-1] < 2**31
+        for w in weights
+    )
+
+
+def supports(
+    x: mx.array,
+    routed: SwiGLU,
+    chosen: mx.array,
+    weights: mx.array,
+    shared: SwiGLU | None,
+    share: mx.array | None,
+    residual: mx.array | None,
+) -> bool:
+    return 0 < chosen.shape[0] <= MOST_TOKENS and _affine(routed) and (shared is None or _affine(shared))
+
+
 experts = Op(
-    "experts", reference=reference, portable=portable, host=host, host_when=lambda x, *rest: many_rows(x)
+    "experts",
+    reference=reference,
+    portable=portable,
+    host=host,
+    host_when=lambda x, *rest: many_rows(x),
+    metal=metal,
+    supports=supports,
 )
