@@ -8,7 +8,7 @@
 //           and its arrays are not touched without SHARED; residual is not without RESIDUAL.
 //           H, I and J are multiples of the groups and need not be multiples of anything else.
 // Threads   a SIMD-group owns ROWS neighbouring rows of one token: of gate and of up of one expert in the first launch,
-//           of y in the second. A last block that is not full computes its last row again instead of rows past the end.
+//           of y in the second. In place of rows past the end the last one is computed again, and not written.
 //           No barriers, no threadgroup memory: SIMD-groups of a threadgroup have nothing to do with each other.
 // Numerics  float32 inside, T only in memory: inner is rounded once to T (a stock product rounds gate and up as well),
 //           y once, after the sum over experts, shared expert and residual.
@@ -75,7 +75,7 @@ METAL_FUNC void experts_inner(
     const size_t group = first * (hidden / GROUP);
     experts_swiglu<BITS, GROUP, ROWS>(x, packed + first * (hidden / 32 * BITS), scales + group, biases + group,
         inner + slot * width, width, hidden, (block - slot * blocks) * ROWS, lane);
-  } else if (SHARED && (block - per_token * blocks) * ROWS < shared_width) {
+  } else if (SHARED) {
     experts_swiglu<SHARED_BITS, SHARED_GROUP, ROWS>(x, shared_packed, shared_scales, shared_biases,
         inner + per_token * width, shared_width, hidden, (block - per_token * blocks) * ROWS, lane);
   }
@@ -104,9 +104,6 @@ METAL_FUNC void experts_sum(
     uint block,
     uint lane) {
   const uint row = block * ROWS;
-  if (row >= hidden) {
-    return;
-  }
   uint rows[ROWS];
   float totals[ROWS];
 #pragma unroll

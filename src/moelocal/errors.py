@@ -42,4 +42,4 @@ class ContextOverflow(RequestError):
 
 
 class NumericsError(MoelocalError):
-    """The model produced NaN or infinite logits."""
+    """The model produced NaN or infinite logits, or a kernel differs from its reference."""

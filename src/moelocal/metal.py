@@ -29,8 +29,8 @@ _executor: Executor | None = None
 
 
 def available() -> bool:
-    """Whether kernels can run here: on a Metal device, or through an executor."""
-    return _executor is not None or _on_metal()
+    """Whether kernels can run here: on a Metal device that MLX computes on, or through an executor."""
+    return _executor is not None or (_on_metal() and bool(mx.default_device() == mx.gpu))
 
 
 @cache

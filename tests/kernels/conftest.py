@@ -1,7 +1,8 @@
-"""Kernels run in the simulator here, in the place of the device."""
+"""Kernels run in the simulator here, in the place of the device; with `-m metal` on the device itself."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -15,10 +16,34 @@ from offmetal.pytest_plugin import mode
 __all__ = ["mode"]
 
 
-@pytest.fixture(autouse=True)
-def simulated() -> Iterator[None]:
-    """Ops take their Metal form, executed by the simulator, which cannot run inside a traced function."""
+class Absent:
+    """Stands for what only the simulator has: a test that asks for it ends."""
+
+    def __getattr__(self, name: str) -> None:
+        pytest.skip("counts what only the simulator counts")
+
+    def __call__(self, *args: object, **kwargs: object) -> None:
+        pytest.skip("looks at launches in the simulator")
+
+
+@pytest.fixture(autouse=True, params=["simulator", pytest.param("device", marks=pytest.mark.metal)])
+def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ops take their Metal form, executed by the simulator, which cannot run inside a traced function, or by the
+    device."""
     mx.random.seed(7)
+    if request.param == "device":
+        if not mx.metal.is_available():
+            pytest.skip("there is no Metal device here")
+        parameters = getattr(getattr(request.node, "callspec", None), "params", {})
+        if parameters.get("mode", "checked") != "checked":
+            pytest.skip("a mode of the simulator")
+        monkeypatch.setattr(offmetal, "last_result", Absent())
+        monkeypatch.setattr(offmetal, "emulated_kernel", Absent())
+        with force("metal"):
+            yield
+        return
+    if sys.platform == "darwin":
+        pytest.skip("the simulator has run on Linux only; -m metal takes the device")
     mx.disable_compile()
     try:
         with metal.executing(offmetal.emulated_kernel), force("metal"):
