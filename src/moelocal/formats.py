@@ -79,10 +79,12 @@ class QuantizedArray:
     def dequantize(self, dtype: mx.Dtype) -> mx.array:
         """The plain matrix [..., rows, cols] in `dtype`."""
         spec = self.spec
+        # `mx.dequantize` rounds to the dtype of the scales before it converts
+        wide = self.astype(dtype) if dtype == mx.float32 else self
         return mx.dequantize(
-            self.weight,
-            self.scales,
-            self.biases,
+            wide.weight,
+            wide.scales,
+            wide.biases,
             group_size=spec.group,
             bits=spec.bits,
             mode=spec.mode,

@@ -87,7 +87,7 @@ class Kernel:
     outputs: tuple[str, ...]
     call: str
     strided: bool = False
-    _bound: dict[Executor, Callable[..., Sequence[mx.array]]] = field(
+    _bound: dict[tuple[Executor, str], Callable[..., Sequence[mx.array]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -103,17 +103,20 @@ class Kernel:
     ) -> Sequence[mx.array]:
         """Outputs of `shapes` and `dtypes`; `grid` counts threads, `threadgroup` those that share memory."""
         executor = _executor or cast(Executor, mx.fast.metal_kernel)
-        bound = self._bound.get(executor)
+        # MLX keeps one compiled text per name and template; dtypes and address spaces change the text alone, so that
+        # without them in the name two kinds of call would recompile each other's kernel in turns
+        kinds = "_".join(f"{str(a.dtype)[9:]}{'c' if a.size < 8 else ''}{'' if a.ndim else 's'}" for a in inputs)
+        bound = self._bound.get((executor, kinds))
         if bound is None:
             bound = executor(
-                name=f"moelocal_{self.name}",
+                name=f"moelocal_{self.name}__{kinds}",
                 input_names=list(self.inputs),
                 output_names=list(self.outputs),
                 source=self.call,
                 header=text(self.file),
                 ensure_row_contiguous=not self.strided,
             )
-            self._bound[executor] = bound
+            self._bound[executor, kinds] = bound
         arguments: dict[str, Any] = {
             "inputs": list(inputs),
             "output_shapes": [tuple(shape) for shape in shapes],

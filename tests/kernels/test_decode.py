@@ -34,7 +34,7 @@ def counted(launches: Counter[str]) -> metal.Executor:
         kernel = offmetal.emulated_kernel(name=name, **parts)
 
         def launch(**arguments: Any) -> Sequence[mx.array]:
-            launches[name.removeprefix("moelocal_")] += 1
+            launches[name.removeprefix("moelocal_").split("__")[0]] += 1
             return kernel(**arguments)
 
         return launch

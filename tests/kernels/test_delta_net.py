@@ -23,20 +23,20 @@ EMBEDDED = DeltaNetSpec(2, 4, 32, 32, 4)
 ODD = DeltaNetSpec(2, 6, 33, 20, 3)
 DATA = {*module.DELTA_NET.inputs, *module.DELTA_NET.outputs} - {"eps"}
 
-# float32 inside, in another order, relative to the largest value. The worst of 2,360 random cases: state 6e-7, y 3e-6;
-# more room for y, as the norm of an output of nearly orthogonal q and k magnifies rounding, with a probability of
-# 1 / error. y is rounded once more, at worst to the other neighbour: one unit in the last place.
-STATE_LIMIT, Y_LIMIT = 5e-6, 1e-4
+# float32 inside, in another order, relative to the largest value. The worst of 3,660 random cases, scales from 1e-3 to
+# 100: state 2e-6, y 3e-6. There is more room, as norms of vectors that nearly cancelled magnify rounding, with a
+# probability of 1 / error. y is rounded once more, at worst to the other neighbour: one unit in the last place.
+STATE_LIMIT, Y_LIMIT = 2e-5, 1e-4
 UNIT = {mx.float32: 0.0, mx.float16: 2**-10, mx.bfloat16: 2**-7}
 DTYPES = st.sampled_from(list(UNIT))
 
 
 def weights(spec: DeltaNetSpec) -> DeltaNetWeights:
-    """Random, with heads that forget at once and heads that hardly forget."""
+    """Random, from heads that hardly forget to heads that forget at once."""
     return DeltaNetWeights.build(
         spec,
         conv=mx.random.normal((spec.conv_channels, spec.conv_width, 1)),
-        a_log=mx.random.uniform(-4, 2, (spec.value_heads,)),
+        a_log=mx.linspace(-6, 2, spec.value_heads),
         dt_bias=mx.random.normal((spec.value_heads,)),
         norm=mx.random.normal((spec.value_dim,)),
         eps=1e-6,
@@ -120,12 +120,12 @@ def test_any_geometry(monkeypatch: pytest.MonkeyPatch, lanes: int, simdgroups: i
 
 
 @pytest.mark.parametrize("dtype", list(UNIT))
-@pytest.mark.parametrize("sign", [1, -1])
-def test_extreme_gates_and_activations(dtype: mx.Dtype, sign: int):
+@pytest.mark.parametrize("large", [80.0, -80.0, 120.0, -120.0])
+def test_extreme_gates_and_activations(dtype: mx.Dtype, large: float):
     u, z, b, a, conv, state, _, w = problem(EMBEDDED, 1, 2, dtype, scale=100.0)
-    forgetful = mx.full(a.shape, 80.0, dtype) * sign
-    compare(delta_net, (u, z, mx.full(b.shape, 80.0, dtype), forgetful, conv, state, None, w))
-    compare(delta_net, (u, z, -mx.full(b.shape, 80.0, dtype), forgetful, conv, state, None, w))
+    a = mx.full(a.shape, large, dtype)
+    compare(delta_net, (u, z, mx.full(b.shape, large, dtype), a, conv, state, None, w))
+    compare(delta_net, (u, z, mx.full(b.shape, -large, dtype), a, conv, state, None, w))
 
 
 def test_small_heads_have_epsilon_on_the_sum():
@@ -171,7 +171,8 @@ def test_any_strides():
     assert all(mx.array_equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
-def drift(spec: DeltaNetSpec) -> None:
+@pytest.mark.parametrize("spec", [EMBEDDED, DeltaNetSpec(1, 2, 128, 128, 4)])
+def test_512_steps_in_bfloat16_do_not_drift(spec: DeltaNetSpec):
     # bfloat16 enters and leaves, all between and the state are float32: against a float32 run on the same inputs, y
     # differs by its one rounding, 2^-8 of itself, and 512 positions add no more to the limits than eight do, as the
     # delta rule overwrites what it learns anew; one head does not fade at all
@@ -185,15 +186,6 @@ def drift(spec: DeltaNetSpec) -> None:
             y, conv, state = delta_net(*(x[:, t : t + 1] for x in (u, z, b, a)), conv, state, None, w)
             outputs.append(y.astype(mx.float32))
     check((mx.concatenate(outputs, axis=1), conv.astype(mx.float32), state), (whole, rows, final), 2**-8)
-
-
-def test_512_steps_in_bfloat16_do_not_drift():
-    drift(EMBEDDED)
-
-
-@pytest.mark.slow
-def test_512_steps_of_flagship_heads_do_not_drift():
-    drift(DeltaNetSpec(1, 2, 128, 128, 4))
 
 
 def test_flagship_traffic():

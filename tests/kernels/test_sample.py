@@ -105,7 +105,7 @@ def recorded():
 
         def call(**arguments):
             outputs = kernel(**arguments)
-            launches.append((name.removeprefix("moelocal_"), offmetal.last_result.traffic))
+            launches.append((name.removeprefix("moelocal_").split("__")[0], offmetal.last_result.traffic))
             return outputs
 
         return call

@@ -32,7 +32,10 @@ class Dense:
         return self.weights.arrays
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        return residual + linear(swiglu([linear(x, w) for w in self.weights.gate_up]), self.weights.down)
+        inner = swiglu([linear(x, w) for w in self.weights.gate_up])
+        # of another rank: as it is, it keeps the stride of the row that it is half of, and MLX's product copies it
+        flat = inner.reshape(-1, inner.shape[-1])
+        return residual + linear(flat, self.weights.down).reshape(x.shape)
 
 
 class MoE:
