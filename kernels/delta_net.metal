@@ -2,8 +2,8 @@
 // l2 norm of queries and keys, decay and beta, delta rule, gated RMS norm.
 //
 // Shapes    u [B, TIME, C] with C = 2 HK DK + HV DV (queries, keys, values), z [B, TIME, HV DV], b, a [B, TIME, HV],
-//           conv [B, WIDTH - 1, C], all in T; state [B, HV, DV, DK] float32; these six of any strides. Row-contiguous
-//           float32: taps [WIDTH, C], decay, dt_bias [HV], norm [DV]. Out: y [B, TIME, HV DV] in T, and the conv rows
+//           conv [B, WIDTH - 1, C], all in T; state [B, HV, DV, DK] float32; these six of any strides. Row-contiguous:
+//           taps [WIDTH, C] of any float type; decay, dt_bias [HV], norm [DV] float32. Out: y [B, TIME, HV DV] in T, and the conv rows
 //           and the state after the last position, or (EVERY) conv [B, TIME, WIDTH - 1, C] and state
 //           [B, TIME, HV, DV, DK] after every position.
 // Threads   one threadgroup of SIMDGROUPS * 32 per value head and batch row: the gated norm needs all DV of a head.
@@ -83,7 +83,8 @@ template <
     int ROWS,
     int COLUMNS,
     typename G,
-    typename H>
+    typename H,
+    typename C>
 METAL_FUNC void delta_net(
     const device T* u,
     const constant int64_t* u_strides,
@@ -97,7 +98,7 @@ METAL_FUNC void delta_net(
     const constant int64_t* conv_strides,
     const device float* state,
     const constant int64_t* state_strides,
-    const device float* taps,
+    const device C* taps,
     H decay,
     H dt_bias,
     const device float* norm,
@@ -160,7 +161,7 @@ METAL_FUNC void delta_net(
               ? conv + row * conv_strides[1] + channel * conv_strides[2]
               : u + (row - (WIDTH - 1)) * u_strides[1] + channel * u_strides[2];
           const T value = *source;
-          mixed = metal::fma(float(value), taps[w * CHANNELS + channel], mixed);
+          mixed = metal::fma(float(value), float(taps[w * CHANNELS + channel]), mixed);
           if (keeps && w > 0) {
             kept[(w - 1) * CHANNELS + channel] = value;
           }

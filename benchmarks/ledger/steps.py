@@ -57,11 +57,11 @@ class Blank:
     def has(self, name: str) -> bool:
         return True
 
-    def array(self, name: str, shape: tuple[int, ...]) -> mx.array:
+    def array(self, name: str, shape: tuple[int, ...], dtype: mx.Dtype | None = mx.float32) -> mx.array:
         wide = name in FLOAT32 and self.prefix.endswith("linear_attn.")
         stored = mx.zeros(shape, mx.float32 if wide else mx.bfloat16)
         self.asked[self.prefix + name] = (stored,)
-        return stored.astype(mx.float32)
+        return stored if dtype is None else stored.astype(dtype)
 
     def matrix(
         self, name: str, rows: int, cols: int, dtype: mx.Dtype | None, experts: int | None = None

@@ -33,6 +33,10 @@ class _PyBuffer(ctypes.Structure):
 _PYBUF_STRIDES = 0x18
 
 
+def _view(array: Any) -> memoryview:
+    return memoryview(array)  # the stubs of MLX do not tell that an array can be viewed
+
+
 def evaluate(arrays: Sequence[mx.array]) -> None:
     """Raises `RuntimeError` inside a function that MLX traces: the simulator runs at once, not lazily."""
     try:
@@ -46,12 +50,12 @@ def evaluate(arrays: Sequence[mx.array]) -> None:
 
 
 def contiguous(array: mx.array) -> mx.array:
-    return array if memoryview(array).c_contiguous else mx.contiguous(array)
+    return array if _view(array).c_contiguous else mx.contiguous(array)
 
 
 def of_input(name: str, array: mx.array) -> Buffer:
     """The memory that an evaluated array covers, which strides may leave holes in. Valid while the array lives."""
-    view = memoryview(array)
+    view = _view(array)
     raw = _PyBuffer()
     ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(array), ctypes.byref(raw), _PYBUF_STRIDES)
     address = raw.buf or 0
@@ -70,7 +74,7 @@ def description(array: mx.array, what: str) -> np.ndarray[Any, Any]:
     if what == "shape":
         return np.array(array.shape, np.int32)
     if what == "strides":
-        return np.array([stride // array.itemsize for stride in memoryview(array).strides or ()], np.int64)
+        return np.array([stride // array.itemsize for stride in _view(array).strides or ()], np.int64)
     return np.array([array.ndim], np.int32)
 
 

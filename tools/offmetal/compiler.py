@@ -117,7 +117,7 @@ def _repair(errors: str, texts: list[_Text]) -> bool:
                 before = Path(file).read_text()
                 after = fix_conditional(before, line, column)
                 if after is not None:
-                    toolchain.publish(Path(file), lambda out, after=after: out.write_text(after))
+                    toolchain.publish_text(Path(file), after)
                 again = True  # without a change of ours another process made it
     return again
 

@@ -19,7 +19,7 @@ from offmetal.signature import SMALL, Signature, TemplateValue
 
 _MAX_THREADS: Final = 1024
 
-_mlx_metal_kernel: Final = mx.fast.metal_kernel
+_mlx_metal_kernel: Final[Callable[..., Any]] = mx.fast.metal_kernel
 
 
 class KernelError(RuntimeError):
@@ -118,7 +118,9 @@ def metal_kernel(
     if not mx.metal.is_available():
         return emulated_kernel(*arguments, compile_options)
     # not every MLX has compile_options
-    return _mlx_metal_kernel(*arguments, **({"compile_options": compile_options} if compile_options else {}))
+    newer = {"compile_options": compile_options} if compile_options else {}
+    kernel: Callable[..., list[mx.array]] = _mlx_metal_kernel(*arguments, **newer)
+    return kernel
 
 
 def emulated_kernel(

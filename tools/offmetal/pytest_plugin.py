@@ -2,7 +2,7 @@
 simulator cannot run; and the number of launches at the end of a run.
 
 `pytest_plugins = ["offmetal.pytest_plugin"]` in a top conftest.py loads all of it; importing `mode` gives the fixture
-alone.
+alone. (PYTEST_DONT_REWRITE: there are no assertions here, and pytest warns of a plugin that was imported before.)
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ MODES: Final[dict[str, dict[str, Any]]] = {
     "fused": {"checked": True, "allow_unwritten": False, "fma": True},
 }
 
+_before: Counter[str] = Counter()
+"""Launches of this process before the run."""
 _from_workers: Counter[str] = Counter()
 _told = False
 
@@ -30,6 +32,11 @@ _told = False
 def mode(request: pytest.FixtureRequest) -> Iterator[str]:
     with offmetal.options(**MODES[request.param]):
         yield request.param
+
+
+def pytest_sessionstart() -> None:
+    global _before
+    _before = offmetal.launches()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -62,6 +69,6 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    counts = offmetal.launches() + _from_workers
+    counts = offmetal.launches() - _before + _from_workers
     if counts:
         terminalreporter.write_line(f"offmetal: {counts.total()} launches of {len(counts)} kernels")

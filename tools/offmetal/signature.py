@@ -153,13 +153,11 @@ class Signature:
             "__msl_entry(const __global ulong* a, const __global __msl_attributes* t) {\n"
             f"  {self.function}{arguments}({call});\n}}\n"
         )
+        special = f"{self.function}{arguments}"
+        instance = f'\ntemplate [[host_name("{self.function}")]] [[kernel]] decltype({special}) {special};\n'
+        self.tail = "\n}\n" + (instance if template else "")
         # What MLX hands to Metal, behind the text of its utils.h.
-        self.metal = f"{header}{self.head}{source}\n}}\n"
-        if template:
-            special = f"{self.function}{arguments}"
-            self.metal += (
-                f'\ntemplate [[host_name("{self.function}")]] [[kernel]] decltype({special}) {special};\n'
-            )
+        self.metal = f"{header}{self.head}{source}{self.tail}"
 
 
 def _value(value: TemplateValue) -> str:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -73,13 +74,13 @@ def clang() -> tuple[str, str]:
         raise ToolMissing("offmetal: the simulator runs on Linux; on a Mac the device runs the kernels")
     named = os.environ.get("OFFMETAL_CLANG")
     names = (
-        [named] if named else [*(f"clang-{version}" for version in range(_NEWEST, _OLDEST - 1, -1)), "clang"]
+        [named] if named else [*(f"clang-{number}" for number in range(_NEWEST, _OLDEST - 1, -1)), "clang"]
     )
     for name in names:
         if shutil.which(name):
             says = run([name, "--version"]).stdout
-            version = re.search(r"clang version (\d+)", says)
-            if version and int(version[1]) >= _OLDEST:
+            number = re.search(r"clang version (\d+)", says)
+            if number and int(number[1]) >= _OLDEST:
                 return name, says
     where = f"{named} (OFFMETAL_CLANG) is not" if named else "there is no"
     raise ToolMissing(
@@ -102,20 +103,16 @@ def _instruction_set() -> tuple[str, ...]:
 @cache
 def folder() -> Path:
     """Where everything for this state of the simulator, clang and MLX is cached."""
-    name, version = clang()
+    name, says = clang()
     state = hashlib.sha256()
-    for file in sorted(
-        [*_LIBRARY.iterdir(), *_RUNTIME.iterdir(), *(_HERE / f"{part}.py" for part in _DECIDING_PARTS)]
-    ):
+    parts = [_HERE / f"{name}.py" for name in ("signature", "rewrite", "lint", "toolchain", "compiler")]
+    for file in sorted([*_LIBRARY.iterdir(), *_RUNTIME.iterdir(), *parts]):
         state.update(file.name.encode() + file.read_bytes())
-    state.update(repr((name, version, _instruction_set(), mx.__version__)).encode())
+    state.update(repr((name, says, _instruction_set(), version("mlx"))).encode())
     base = Path(os.environ.get("OFFMETAL_CACHE") or Path.home() / ".cache" / "offmetal")
     found = base / state.hexdigest()[:16]
     found.mkdir(parents=True, exist_ok=True)
     return found
-
-
-_DECIDING_PARTS: Final = ("signature", "rewrite", "lint", "toolchain", "compiler")
 
 
 def publish(target: Path, build: Callable[[Path], object]) -> Path:
@@ -126,6 +123,10 @@ def publish(target: Path, build: Callable[[Path], object]) -> Path:
         build(made)
         made.replace(target)
     return target
+
+
+def publish_text(target: Path, text: str) -> Path:
+    return publish(target, lambda out: out.write_text(text))
 
 
 @contextmanager
@@ -144,15 +145,14 @@ def headers() -> Path:
     with locked():
         if not (target / "complete").exists():
             for file in _LIBRARY.iterdir():
-                publish(target / file.name, lambda out, file=file: out.write_bytes(file.read_bytes()))
+                publish_text(target / file.name, file.read_text())
             for name in _METAL_HEADERS:
-                publish(target / name, lambda out: out.write_text('#include "msl.h"\n'))
+                publish_text(target / name, '#include "msl.h"\n')
             wheel = Path(mx.__file__).parent / "include"
             for file in (wheel / "mlx/backend/metal/kernels").rglob("*.h"):
-                text = rewrite(file.read_text())
-                publish(target / file.relative_to(wheel), lambda out, text=text: out.write_text(text))
-            prelude = '#include "mlx/backend/metal/kernels/utils.h"\n'  # what MLX puts before every kernel
-            publish(target / "prelude.h", lambda out: out.write_text(prelude))
+                publish_text(target / file.relative_to(wheel), rewrite(file.read_text()))
+            # what MLX puts before every kernel
+            publish_text(target / "prelude.h", '#include "mlx/backend/metal/kernels/utils.h"\n')
             (target / "complete").touch()
     return target
 

@@ -88,12 +88,12 @@ class Scope:
         """Whether a tensor `name` exists."""
         return self.prefix + name in self.checkpoint.sources
 
-    def array(self, name: str, shape: tuple[int, ...]) -> mx.array:
+    def array(self, name: str, shape: tuple[int, ...], dtype: mx.Dtype | None = mx.float32) -> mx.array:
         """The floating-point tensor `name` of exactly `shape`, as float32 (norms, gates and biases are small and
-        sensitive). Raises `CheckpointError`."""
+        sensitive); `dtype` None: as stored. Raises `CheckpointError`."""
         source = self._take(name)
         self._require(source, shape, _FLOATS)
-        return source.read().astype(mx.float32)
+        return source.read() if dtype is None else source.read().astype(dtype)
 
     def matrix(
         self, name: str, rows: int, cols: int, dtype: mx.Dtype | None, experts: int | None = None

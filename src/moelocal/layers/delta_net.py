@@ -30,7 +30,12 @@ class DeltaNet:
         self.out = scope.matrix("out_proj", hidden, values, dtype)
         self.weights = DeltaNetWeights.build(
             spec,
-            conv=scope.array("conv1d.weight", (spec.conv_channels, spec.conv_width, 1)),
+            # a step reads them: as stored they are half the bytes
+            conv=scope.array(
+                "conv1d.weight",
+                (spec.conv_channels, spec.conv_width, 1),
+                mx.float32 if dtype == mx.float32 else None,
+            ),
             a_log=scope.array("A_log", (spec.value_heads,)),
             dt_bias=scope.array("dt_bias", (spec.value_heads,)),
             norm=scope.array("norm.weight", (spec.value_dim,)),

@@ -31,8 +31,8 @@ L2_EPS = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class DeltaNetWeights:
-    """Float32 and row-contiguous: `conv` [W, C], `decay` = −exp(A_log) [Hv], `dt_bias` [Hv], `norm` [Dv]; `eps` of the
-    gated norm.
+    """Row-contiguous: `conv` [W, C] of any float dtype (float32 where u is); float32 `decay` = −exp(A_log) [Hv],
+    `dt_bias` [Hv], `norm` [Dv]; `eps` of the gated norm.
 
     `q_scale`, `k_scale` [Dk] make an RMS norm with eps 1e-6 / Dk the l2 norm that the equations ask for.
     """
@@ -132,7 +132,7 @@ def portable(
     if time == 1:
         mixed = mx.sum(window.astype(mx.float32) * weights.conv, axis=1, keepdims=True)
     else:
-        taps = mx.swapaxes(weights.conv, 0, 1)[..., None]  # [C, W, 1]
+        taps = mx.swapaxes(weights.conv, 0, 1)[..., None].astype(mx.float32)  # [C, W, 1]
         mixed = mx.conv1d(window.astype(mx.float32), taps, groups=spec.conv_channels)
     q, k, v = _split(mixed * mx.sigmoid(mixed), spec)
     q = mx.fast.rms_norm(q, weights.q_scale, L2_EPS / spec.key_dim)

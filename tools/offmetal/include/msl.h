@@ -15,8 +15,8 @@ template <typename To, typename From> MSL_CFN To as_type(From f) {
   return __builtin_bit_cast(To, f);
 }
 
-// Function constants cannot be set through mx.fast.metal_kernel; a header that was written for a metallib may still declare
-// some. They read as 0 unless specialised before the header is included.
+// Function constants cannot be set through mx.fast.metal_kernel; a header that was written for a metallib may still
+// declare some. They read as 0 unless specialised before the header is included.
 template <int N> struct __msl_function_constant { static constexpr constant int value = 0; };
 
 // Tells the threadgroup variables of a kernel apart; rewrite.py writes it.

@@ -1,10 +1,10 @@
 // The language: address spaces, words, scalar types and the functions that the runtime offers.
 //
-// Kernels are compiled as "C++ for OpenCL" (clang -x clcpp), not as plain C++: it is the only language of an unmodified
-// clang with Metal's address spaces in its type system (device, constant, threadgroup and thread pointers are distinct
-// types, member functions can be qualified with them), and it forbids what Metal forbids: virtual functions, exceptions,
-// function pointers, the C++ library, double. On x86-64 and aarch64 each address space is the ordinary one, so the object
-// code runs as it is and can be instrumented.
+// Kernels are compiled as "C++ for OpenCL" (clang -x clcpp), not as plain C++: it is the only language of an
+// unmodified clang with Metal's address spaces in its type system (device, constant, threadgroup and thread pointers
+// are distinct types, member functions can be qualified with them), and it forbids what Metal forbids: virtual
+// functions, exceptions, function pointers, the C++ library, double. On x86-64 and aarch64 each address space is the
+// ordinary one, so the object code runs as it is and can be instrumented.
 #pragma once
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
 #pragma clang diagnostic ignored "-Wunknown-pragmas"
@@ -84,8 +84,8 @@ struct bfloat;
 #define M_SQRT1_2_F 0.70710678118654752440f
 
 // ---- the runtime
-// Everything that crosses threads goes through these functions. They are convergent (no code motion across control flow)
-// and nomerge (each call site keeps its own return address, by which the runtime tells sites apart).
+// Everything that crosses threads goes through these functions. They are convergent (no code motion across control
+// flow) and nomerge (each call site keeps its own return address, by which the runtime tells sites apart).
 #define MSL_RT extern "C" __attribute__((convergent, nomerge, nothrow))
 MSL_RT void __msl_reduce(uint op, uint type, uint n, const void* in, void* out);
 MSL_RT void __msl_shuffle(uint kind, uint bytes, const void* data, const void* fill, uint arg, uint modulo, void* out);

@@ -47,8 +47,11 @@ template <typename T> using remove_pointer_t = typename remove_pointer<T>::type;
 template <typename T> using decay_t = remove_cv_t<remove_reference_t<T>>;
 template <typename T> struct decay { typedef decay_t<T> type; };
 template <typename A, typename B> static constexpr constant bool is_same_v = __is_same(A, B);
-template <typename T> static constexpr constant bool __msl_is_fp = __is_same(remove_cv_t<T>, float) || __is_same(remove_cv_t<T>, half) || __is_same(remove_cv_t<T>, bfloat);
-MSL_TRAIT1(is_floating_point, (__is_same(remove_cv_t<T>, float) || __is_same(remove_cv_t<T>, half) || __is_same(remove_cv_t<T>, bfloat)))
+template <typename T>
+  static constexpr constant bool __msl_is_fp = __is_same(remove_cv_t<T>, float) || __is_same(remove_cv_t<T>, half)
+  || __is_same(remove_cv_t<T>, bfloat);
+MSL_TRAIT1(is_floating_point,
+  (__is_same(remove_cv_t<T>, float) || __is_same(remove_cv_t<T>, half) || __is_same(remove_cv_t<T>, bfloat)))
 MSL_TRAIT1(is_integral, __is_integral(remove_cv_t<T>))
 MSL_TRAIT1(is_arithmetic, (__is_integral(remove_cv_t<T>) || __msl_is_fp<T>))
 MSL_TRAIT1(is_signed, (__is_integral(remove_cv_t<T>) ? __is_signed(remove_cv_t<T>) : __msl_is_fp<T>))
@@ -64,9 +67,11 @@ MSL_TRAIT1(is_trivially_copyable, __is_trivially_copyable(T))
 template <typename From, typename To> struct is_convertible : bool_constant<__is_convertible_to(From, To)> {};
 template <typename From, typename To> static constexpr constant bool is_convertible_v = __is_convertible_to(From, To);
 template <typename... B> struct _disjunction : false_type {};
-template <typename B1, typename... Bn> struct _disjunction<B1, Bn...> : conditional_t<bool(B1::value), B1, _disjunction<Bn...>> {};
+template <typename B1, typename... Bn>
+  struct _disjunction<B1, Bn...> : conditional_t<bool(B1::value), B1, _disjunction<Bn...>> {};
 template <typename... B> struct _conjunction : true_type {};
-template <typename B1, typename... Bn> struct _conjunction<B1, Bn...> : conditional_t<bool(B1::value), _conjunction<Bn...>, B1> {};
+template <typename B1, typename... Bn>
+  struct _conjunction<B1, Bn...> : conditional_t<bool(B1::value), _conjunction<Bn...>, B1> {};
 template <typename... B> using disjunction = _disjunction<B...>;
 template <typename... B> using conjunction = _conjunction<B...>;
 template <typename B> struct negation : bool_constant<!bool(B::value)> {};

@@ -3,8 +3,10 @@
 namespace metal {
 template <typename T, int N> struct vec;
 template <typename T> struct __msl_isvec : false_type { static constexpr constant int n = 1; typedef T elem; };
-template <typename T, int N> struct __msl_isvec<vec<T, N>> : true_type { static constexpr constant int n = N; typedef T elem; };
-template <typename T, int N> struct __msl_isvec<const vec<T, N>> : true_type { static constexpr constant int n = N; typedef T elem; };
+template <typename T, int N> struct __msl_isvec<vec<T, N>> : true_type { static constexpr constant int n = N;
+  typedef T elem; };
+template <typename T, int N> struct __msl_isvec<const vec<T, N>> : true_type { static constexpr constant int n = N;
+  typedef T elem; };
 template <typename T> using make_scalar_t = typename __msl_isvec<remove_cv_t<T>>::elem;
 template <typename T> struct make_scalar { typedef make_scalar_t<T> type; };
 template <typename T> static constexpr constant bool is_vector_v = __msl_isvec<T>::value;
@@ -20,8 +22,8 @@ template <typename T> struct alignas(4 * sizeof(T)) __msl_store<T, 4> {
   union { T x; T r; }; union { T y; T g; }; union { T z; T b; }; union { T w; T a; };
 };
 
-// A writable swizzle. rewrite.py turns `v.xz = e` into `v.template __swzref<0,2>() = e` and any other use of `v.xz` into
-// the value `v.template __swz<0,2>()`.
+// A writable swizzle. rewrite.py turns `v.xz = e` into `v.template __swzref<0,2>() = e` and any other use of `v.xz`
+// into the value `v.template __swz<0,2>()`.
 template <typename P, typename T, int... I> struct __msl_swzref {
   P* p;
   typedef vec<T, sizeof...(I)> V;
@@ -81,7 +83,8 @@ template <typename T, int N> struct vec : __msl_store<T, N> {
     static_assert(((I < N) && ...), "swizzle: no such component");
     return vec<T, sizeof...(I)>((*this)[I]...);
   }
-  template <int... I> MSL_FN vec<T, sizeof...(I)> __swz() const __constant { return vec<T, sizeof...(I)>((*this)[I]...); }
+  template <int... I>
+    MSL_FN vec<T, sizeof...(I)> __swz() const __constant { return vec<T, sizeof...(I)>((*this)[I]...); }
   template <int... I> MSL_FN __msl_swzref<vec, T, I...> __swzref() { return {this}; }
 };
 
@@ -92,21 +95,27 @@ template <typename T, int N> struct vec : __msl_store<T, N> {
 #define MSL_BIN(OP) \
   template <typename T, int N> MSL_CFN vec<T, N> operator OP(vec<T, N> a, vec<T, N> b) { \
     MSL_EACH(N, T(a.x OP b.x), T(a.y OP b.y), T(a.z OP b.z), T(a.w OP b.w)) } \
-  template <typename T, int N, typename S, enable_if_t<is_arithmetic_v<S>, int> = 0> MSL_CFN vec<T, N> operator OP(vec<T, N> a, S s) { return a OP vec<T, N>((T)s); } \
-  template <typename T, int N, typename S, enable_if_t<is_arithmetic_v<S>, int> = 0> MSL_CFN vec<T, N> operator OP(S s, vec<T, N> b) { return vec<T, N>((T)s) OP b; } \
+  template <typename T, int N, typename S, enable_if_t<is_arithmetic_v<S>, int> = 0> \
+    MSL_CFN vec<T, N> operator OP(vec<T, N> a, S s) { return a OP vec<T, N>((T)s); } \
+  template <typename T, int N, typename S, enable_if_t<is_arithmetic_v<S>, int> = 0> \
+    MSL_CFN vec<T, N> operator OP(S s, vec<T, N> b) { return vec<T, N>((T)s) OP b; } \
   template <typename T, int N, typename S> MSL_FN vec<T, N>& operator OP##=(vec<T, N>& a, S s) { a = a OP s; return a; }
 MSL_BIN(+) MSL_BIN(-) MSL_BIN(*) MSL_BIN(/) MSL_BIN(%) MSL_BIN(&) MSL_BIN(|) MSL_BIN(^) MSL_BIN(<<) MSL_BIN(>>)
 #define MSL_CMP(OP) \
   template <typename T, int N> MSL_CFN vec<bool, N> operator OP(vec<T, N> a, vec<T, N> b) { \
     MSL_EACH(N, bool(a.x OP b.x), bool(a.y OP b.y), bool(a.z OP b.z), bool(a.w OP b.w)) } \
-  template <typename T, int N, typename S, enable_if_t<is_arithmetic_v<S>, int> = 0> MSL_CFN vec<bool, N> operator OP(vec<T, N> a, S s) { return a OP vec<T, N>((T)s); } \
-  template <typename T, int N, typename S, enable_if_t<is_arithmetic_v<S>, int> = 0> MSL_CFN vec<bool, N> operator OP(S s, vec<T, N> b) { return vec<T, N>((T)s) OP b; }
+  template <typename T, int N, typename S, enable_if_t<is_arithmetic_v<S>, int> = 0> \
+    MSL_CFN vec<bool, N> operator OP(vec<T, N> a, S s) { return a OP vec<T, N>((T)s); } \
+  template <typename T, int N, typename S, enable_if_t<is_arithmetic_v<S>, int> = 0> \
+    MSL_CFN vec<bool, N> operator OP(S s, vec<T, N> b) { return vec<T, N>((T)s) OP b; }
 MSL_CMP(==) MSL_CMP(!=) MSL_CMP(<) MSL_CMP(>) MSL_CMP(<=) MSL_CMP(>=)
 template <int N> MSL_CFN vec<bool, N> operator&&(vec<bool, N> a, vec<bool, N> b) { return a & b; }
 template <int N> MSL_CFN vec<bool, N> operator||(vec<bool, N> a, vec<bool, N> b) { return a | b; }
-template <typename T, int N> MSL_CFN vec<T, N> operator-(vec<T, N> a) { MSL_EACH(N, T(-a.x), T(-a.y), T(-a.z), T(-a.w)) }
+template <typename T, int N>
+  MSL_CFN vec<T, N> operator-(vec<T, N> a) { MSL_EACH(N, T(-a.x), T(-a.y), T(-a.z), T(-a.w)) }
 template <typename T, int N> MSL_CFN vec<T, N> operator+(vec<T, N> a) { return a; }
-template <typename T, int N> MSL_CFN vec<T, N> operator~(vec<T, N> a) { MSL_EACH(N, T(~a.x), T(~a.y), T(~a.z), T(~a.w)) }
+template <typename T, int N>
+  MSL_CFN vec<T, N> operator~(vec<T, N> a) { MSL_EACH(N, T(~a.x), T(~a.y), T(~a.z), T(~a.w)) }
 template <int N> MSL_CFN vec<bool, N> operator!(vec<bool, N> a) { MSL_EACH(N, !a.x, !a.y, !a.z, !a.w) }
 
 template <typename T, int N> struct __msl_packed {
@@ -121,22 +130,27 @@ template <typename T, int N> struct __msl_packed {
 
 #define MSL_VECS(NAME, T) \
   typedef metal::vec<T, 2> NAME##2; typedef metal::vec<T, 3> NAME##3; typedef metal::vec<T, 4> NAME##4; \
-  typedef metal::__msl_packed<T, 2> packed_##NAME##2; typedef metal::__msl_packed<T, 3> packed_##NAME##3; typedef metal::__msl_packed<T, 4> packed_##NAME##4; \
-  namespace metal { using ::NAME##2; using ::NAME##3; using ::NAME##4; using ::packed_##NAME##2; using ::packed_##NAME##3; using ::packed_##NAME##4; }
+  typedef metal::__msl_packed<T, 2> packed_##NAME##2; typedef metal::__msl_packed<T, 3> packed_##NAME##3; \
+    typedef metal::__msl_packed<T, 4> packed_##NAME##4; \
+  namespace metal { using ::NAME##2; using ::NAME##3; using ::NAME##4; using ::packed_##NAME##2; \
+    using ::packed_##NAME##3; using ::packed_##NAME##4; }
 MSL_VECS(bool, bool) MSL_VECS(char, char) MSL_VECS(uchar, uchar) MSL_VECS(short, short) MSL_VECS(ushort, ushort)
 MSL_VECS(int, int) MSL_VECS(uint, uint) MSL_VECS(long, long) MSL_VECS(ulong, ulong)
 MSL_VECS(half, half) MSL_VECS(float, float) MSL_VECS(bfloat, bfloat)
 
 namespace metal {
 using ::size_t; using ::uint8_t; using ::uint16_t; using ::uint32_t; using ::uint64_t;
-using ::int8_t; using ::int16_t; using ::int32_t; using ::int64_t; using ::uint; using ::ushort; using ::uchar; using ::ulong;
+using ::int8_t; using ::int16_t; using ::int32_t; using ::int64_t; using ::uint; using ::ushort; using ::uchar;
+  using ::ulong;
 
 // float2x2 ... float4x4: columns, as in Metal.
 template <typename T, int C, int R> struct matrix {
   vec<T, R> columns[C];
   matrix() = default;
-  MSL_FN explicit matrix(T d) { for (int c = 0; c < C; c++) for (int r = 0; r < R; r++) columns[c][r] = c == r ? d : T(0); }
-  template <typename... V, enable_if_t<sizeof...(V) == C && (C > 1), int> = 0> MSL_FN matrix(V... v) { int k = 0; ((columns[k++] = v), ...); }
+  MSL_FN explicit matrix(T d) {
+    for (int c = 0; c < C; c++) for (int r = 0; r < R; r++) columns[c][r] = c == r ? d : T(0); }
+  template <typename... V, enable_if_t<sizeof...(V) == C && (C > 1), int> = 0>
+    MSL_FN matrix(V... v) { int k = 0; ((columns[k++] = v), ...); }
   MSL_FN vec<T, R>& operator[](int c) { return columns[c]; }
   MSL_FN const vec<T, R>& operator[](int c) const { return columns[c]; }
 };
@@ -151,5 +165,7 @@ template <typename T, int C, int R> MSL_FN vec<T, C> operator*(vec<T, R> v, matr
   return o;
 }
 } // namespace metal
-typedef metal::matrix<float, 2, 2> float2x2; typedef metal::matrix<float, 3, 3> float3x3; typedef metal::matrix<float, 4, 4> float4x4;
-typedef metal::matrix<half, 2, 2> half2x2; typedef metal::matrix<half, 3, 3> half3x3; typedef metal::matrix<half, 4, 4> half4x4;
+typedef metal::matrix<float, 2, 2> float2x2; typedef metal::matrix<float, 3, 3> float3x3;
+  typedef metal::matrix<float, 4, 4> float4x4;
+typedef metal::matrix<half, 2, 2> half2x2; typedef metal::matrix<half, 3, 3> half3x3;
+  typedef metal::matrix<half, 4, 4> half4x4;

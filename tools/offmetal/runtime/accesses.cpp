@@ -6,7 +6,7 @@
 
 using namespace offmetal;
 
-// ---- -fsanitize=thread: each load and store ----------------------------------------------------------------------------
+// ---- -fsanitize=thread: each load and store -----------------------------------------------------------------------
 
 #define CALLBACKS(NAME, BYTES) \
   API void __tsan_##NAME##read##BYTES(void* p) { access((uintptr_t)p, BYTES, false, false, CALLER); } \
@@ -47,18 +47,20 @@ API void* __tsan_memset(void* to, int byte, size_t n) {
   return memset(to, byte, n);
 }
 
-// ---- -fsanitize=array-bounds,local-bounds,integer-divide-by-zero -------------------------------------------------------
+// ---- -fsanitize=array-bounds,local-bounds,integer-divide-by-zero --------------------------------------------------
 
 static void undefined(uint64_t pc, const char* what) {
   if (!M || !M->launch) return;
   report(kUndefined, pc, "%s", what);
   leave_if_stopped();
 }
-API void __ubsan_handle_out_of_bounds_minimal() { undefined(CALLER, "index outside of a private or threadgroup array"); }
+API void __ubsan_handle_out_of_bounds_minimal() {
+  undefined(CALLER, "index outside of a private or threadgroup array");
+}
 API void __ubsan_handle_local_out_of_bounds_minimal() { undefined(CALLER, "access outside of a local array"); }
 API void __ubsan_handle_divrem_overflow_minimal() { undefined(CALLER, "integer division by zero or overflow"); }
 
-// ---- atomics: one thread runs at a time, so plain arithmetic is atomic --------------------------------------------------
+// ---- atomics: one thread runs at a time, so plain arithmetic is atomic --------------------------------------------
 
 enum Atomic : uint32_t { kLoad, kStore, kExchange, kCompareExchange, kAdd, kSubtract, kMin, kMax, kAnd, kOr, kXor };
 
@@ -99,7 +101,8 @@ template <typename T> static uint32_t atomic(uint32_t op, void* p, const void* o
   return 0;
 }
 
-API NOINLINE uint32_t __msl_atomic(uint32_t op, uint32_t type, void* p, const void* operand, void* expected, void* out) {
+API NOINLINE uint32_t __msl_atomic(uint32_t op, uint32_t type, void* p, const void* operand, void* expected,
+                                   void* out) {
   uint32_t bytes = type == 9 ? 8 : type == 4 ? 1 : 4;
   if (M->launch->checks & kCheckMemory) access((uintptr_t)p, bytes, op != kLoad, true, CALLER);
   switch (type) {
@@ -111,7 +114,7 @@ API NOINLINE uint32_t __msl_atomic(uint32_t op, uint32_t type, void* p, const vo
   }
 }
 
-// ---- threadgroup variables ---------------------------------------------------------------------------------------------
+// ---- threadgroup variables ----------------------------------------------------------------------------------------
 
 // Bytes before each variable that belong to none: an index just past the end of one is not in the next.
 constexpr uint32_t kGap = 64;
@@ -125,7 +128,8 @@ API NOINLINE void* __msl_tg_alloc(const char* name, uint32_t id, uint64_t bytes,
   if (align < 16) align = 16;
   uint32_t offset = (M->threadgroup_used + kGap + align - 1) / align * align;
   M->threadgroup_bytes += (uint32_t)((bytes + 15) / 16 * 16);
-  if (M->threadgroup_bytes > kThreadgroupLimit || M->n_variables == kMaxVariables || offset + bytes > kThreadgroupSpace) {
+  bool too_many = M->n_variables == kMaxVariables || offset + bytes > kThreadgroupSpace;
+  if (M->threadgroup_bytes > kThreadgroupLimit || too_many) {
     report(kThreadgroupMemory, CALLER, "%u bytes with %s, but the limit is %u", M->threadgroup_bytes, name,
            kThreadgroupLimit);
     M->stop = true;

@@ -46,7 +46,7 @@ NOINLINE Report* report(Kind kind, uint64_t pc, const char* format, ...) {
   return r;
 }
 
-// ---- signals -----------------------------------------------------------------------------------------------------------
+// ---- signals ------------------------------------------------------------------------------------------------------
 
 static const int kTimeUp = SIGRTMIN + 3;
 static const int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, kTimeUp};

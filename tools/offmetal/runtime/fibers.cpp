@@ -1,16 +1,16 @@
 // One fiber per thread of a threadgroup, switching at SIMD operations and at barriers.
 //
 // A lane that reaches a SIMD operation waits until every lane of its SIMD-group has reached a SIMD operation or a
-// threadgroup barrier, or has returned. The lanes at the same call site (the same chain of return addresses) then execute
-// together: they are the active ones. When lanes are at different sites, the site that comes first in the code runs
-// first, so that diverged lanes catch up and reconverge.
+// threadgroup barrier, or has returned. The lanes at the same call site (the same chain of return addresses) then
+// execute together: they are the active ones. When lanes are at different sites, the site that comes first in the
+// code runs first, so that diverged lanes catch up and reconverge.
 #include <cstring>
 
 #include "machine.h"
 
 namespace offmetal {
 
-// ---- switching stacks: saves what the calling convention wants kept ---------------------------------------------------
+// ---- switching stacks: saves what the calling convention wants kept -----------------------------------------------
 
 extern "C" void msl_switch(void** save_sp, void* to_sp);
 
@@ -92,7 +92,7 @@ static void* first_frame(char* top, void (*function)()) {
 #error "no msl_switch for this architecture"
 #endif
 
-// ---- who runs next -----------------------------------------------------------------------------------------------------
+// ---- who runs next ------------------------------------------------------------------------------------------------
 
 static uint32_t random_below(uint32_t n) {
   uint64_t x = M->random;
@@ -188,7 +188,7 @@ static Lane* next_of(uint32_t group) {
   return next || !execute_waiting(group) ? next : take_ready(group);
 }
 
-// ---- a lane's way ------------------------------------------------------------------------------------------------------
+// ---- a lane's way -------------------------------------------------------------------------------------------------
 
 [[noreturn]] void leave_fiber() {
   void* dead;
@@ -241,7 +241,7 @@ void prepare_fiber(Lane* lane) {
   lane->state = kReady;
 }
 
-// ---- a threadgroup -----------------------------------------------------------------------------------------------------
+// ---- a threadgroup ------------------------------------------------------------------------------------------------
 
 // Every thread that has not returned waits at a threadgroup barrier.
 static void pass_barrier() {

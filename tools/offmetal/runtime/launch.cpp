@@ -1,5 +1,5 @@
-// A dispatch: buffers are copied into memory with inaccessible memory around each, threadgroups run one after the other,
-// outputs are copied back.
+// A dispatch: buffers are copied into memory with inaccessible memory around each, threadgroups run one after the
+// other, outputs are copied back.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -30,7 +30,7 @@ static void make_machine() {
   M->threadgroup_cells = (Cell*)memory(kThreadgroupSpace * sizeof(Cell));
 }
 
-// ---- buffers -----------------------------------------------------------------------------------------------------------
+// ---- buffers ------------------------------------------------------------------------------------------------------
 
 // Each buffer lies in the middle of a slot of its own, with a guard before and behind it. Address space costs nothing.
 
@@ -101,7 +101,7 @@ static void free_arena(Launch& l) {
   M->n_regions = 0;
 }
 
-// ---- threadgroups ------------------------------------------------------------------------------------------------------
+// ---- threadgroups -------------------------------------------------------------------------------------------------
 
 // Where the library with the kernel lies, for return addresses and for its constants.
 static int find_library(struct dl_phdr_info* info, size_t, void*) {

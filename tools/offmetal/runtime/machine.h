@@ -26,7 +26,7 @@ constexpr size_t kThreadgroupSpace = 256 << 10;
 // Inaccessible memory around that and around buffers: what a 32-bit index of 4-byte elements can reach.
 constexpr size_t kGuard = (size_t)1 << 34;
 
-// ---- shared with machine.py ----------------------------------------------------------------------------------------
+// ---- shared with machine.py ---------------------------------------------------------------------------------------
 
 enum Kind : int32_t {
   kOutOfBounds = 1, kRace, kUninitialised, kBarrierDivergence, kInactiveLane, kThreadgroupMemory, kInvalidAccess,
@@ -80,7 +80,7 @@ struct Launch {
   Report reports[kMaxReports];
 };
 
-// ---- threads -------------------------------------------------------------------------------------------------------
+// ---- threads ------------------------------------------------------------------------------------------------------
 
 enum State : uint8_t { kReady, kAtSimd, kAtBarrier, kDone };
 enum Operation : uint8_t { kReduce, kShuffle, kVote, kMultiply, kSimdBarrier, kThreadgroupBarrier };
@@ -102,7 +102,7 @@ struct Lane {
   uint64_t caller() const { return (uint64_t)frame[1]; }
 };
 
-// ---- memory --------------------------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------------------------
 
 // Who touched an element last: of threadgroup memory each byte, of an output each element of at most 4 bytes.
 struct Cell {
@@ -170,7 +170,9 @@ struct Machine {
   sigjmp_buf crash;
 
   bool on_stack(uintptr_t a) const { return a - (uintptr_t)stacks < (size_t)kMaxThreads * kStack; }
-  bool near_threadgroup(uintptr_t a) const { return a - (uintptr_t)threadgroup_memory + kGuard < kThreadgroupSpace + 2 * kGuard; }
+  bool near_threadgroup(uintptr_t a) const {
+    return a - (uintptr_t)threadgroup_memory + kGuard < kThreadgroupSpace + 2 * kGuard;
+  }
   bool in_arena(uintptr_t a) const { return a - arena < arena_end - arena; }
 };
 extern Machine* M;

@@ -1,7 +1,7 @@
-// Every load and store of a checked kernel: is it within a buffer, was the place written, and does another thread use it
-// without an order between the two? A barrier orders the threads of a threadgroup for the memory that its flags name,
-// a simdgroup barrier those of a SIMD-group; SIMD operations order nothing; nothing orders threadgroups, whose only means
-// are atomics.
+// Every load and store of a checked kernel: is it within a buffer, was the place written, and does another thread use
+// it without an order between the two? A barrier orders the threads of a threadgroup for the memory that its flags
+// name, a simdgroup barrier those of a SIMD-group; SIMD operations order nothing; nothing orders threadgroups, whose
+// only means are atomics.
 #include <cstring>
 
 #include "machine.h"
@@ -36,7 +36,8 @@ int64_t distance(const Region& r, uintptr_t a) { return a < r.base ? r.base - a 
 }
 
 NOINLINE void race(const Access& a, const Cell& c, bool other_wrote, bool between_groups) {
-  Report* r = report(kRace, a.pc, "%s", between_groups ? "two threadgroups" : "two threads of a threadgroup, without a barrier in between");
+  const char* who = between_groups ? "two threadgroups" : "two threads of a threadgroup, without a barrier in between";
+  Report* r = report(kRace, a.pc, "%s", who);
   if (!r) return;
   r->write = a.write | other_wrote << 1;
   r->offset = a.offset;

@@ -18,7 +18,7 @@ template <typename T> static void store(void* p, uint32_t i, T value) {
 }
 static bool has(uint32_t mask, uint32_t lane) { return mask >> lane & 1; }
 
-// ---- element types -----------------------------------------------------------------------------------------------------
+// ---- element types ------------------------------------------------------------------------------------------------
 
 struct Half { uint16_t bits; };
 struct Bfloat { uint16_t bits; };
@@ -73,7 +73,7 @@ template <> struct Arithmetic<float> : FloatArithmetic<float> {};
 template <> struct Arithmetic<Half> : FloatArithmetic<Half> {};
 template <> struct Arithmetic<Bfloat> : FloatArithmetic<Bfloat> {};
 
-// ---- reductions and scans ----------------------------------------------------------------------------------------------
+// ---- reductions and scans -----------------------------------------------------------------------------------------
 
 enum Reduction : uint32_t {
   kSum, kProduct, kMin, kMax, kAnd, kOr, kXor,
@@ -106,7 +106,8 @@ template <typename T> static void scan(Lane* lanes, uint32_t mask, uint32_t op, 
 }
 
 // A butterfly over lane distances 1, 2, 4, 8, 16: the order in which Apple's GPUs add.
-template <typename T> static void butterfly(Lane* lanes, uint32_t mask, uint32_t op, uint32_t component, uint32_t width) {
+template <typename T>
+static void butterfly(Lane* lanes, uint32_t mask, uint32_t op, uint32_t component, uint32_t width) {
   T now[kSimd], next[kSimd];
   for (uint32_t i = 0; i < kSimd; i++)
     now[i] = has(mask, i) ? load<T>(lanes[i].in, component) : Arithmetic<T>::number(0);
@@ -149,7 +150,7 @@ static void reduce_any(Lane* lanes, uint32_t mask, const Lane& q) {
   }
 }
 
-// ---- shuffles ----------------------------------------------------------------------------------------------------------
+// ---- shuffles -----------------------------------------------------------------------------------------------------
 
 enum Shuffle : uint32_t { kLane, kUp, kDown, kXorLane, kRotateUp, kRotateDown, kFillUp, kFillDown, kFirst };
 
@@ -200,7 +201,7 @@ static void shuffle(Lane* lanes, uint32_t mask) {
     if (has(mask, i)) memcpy(lanes[i].out, values[i], lanes[i].b);
 }
 
-// ---- votes and matrices ------------------------------------------------------------------------------------------------
+// ---- votes and matrices -------------------------------------------------------------------------------------------
 
 enum Vote : uint32_t { kAll, kAny, kBallot, kIsFirst };
 
@@ -274,7 +275,7 @@ void execute(Lane* lanes, uint32_t mask, const Lane& first) {
 
 }  // namespace offmetal
 
-// ---- called by kernels -------------------------------------------------------------------------------------------------
+// ---- called by kernels --------------------------------------------------------------------------------------------
 using namespace offmetal;
 
 API NOINLINE void __msl_reduce(uint32_t op, uint32_t type, uint32_t components, const void* in, void* out) {

@@ -196,7 +196,8 @@ RUN: Final = [
     ),
     race(
         "written again before all have read",
-        f"if (t == 0) s[0] = 7;\n{BARRIER}\nout[i] = s[0];  // FAULT\n// RIGHT: {BARRIER}\nif (t == 63) s[0] = 9;  // FAULT",
+        f"if (t == 0) s[0] = 7;\n{BARRIER}\nout[i] = s[0];  // FAULT\n"
+        f"// RIGHT: {BARRIER}\nif (t == 63) s[0] = 9;  // FAULT",
     ),
     race(
         "all write one place of threadgroup memory",
@@ -376,7 +377,8 @@ COMPILE: Final = [
              before="constexpr int N = 3;  // FAULT // RIGHT: constant constexpr int N = 3;\n"),
     compiled("member function of an object in device memory", "a member function of an object in device",
              before="struct S {\n  int a;\n  int get() const { return a; }  // RIGHT:"
-             " int get() const device { return a; }\n};\nint f(const device S* q) {\n  return q->get();  // FAULT\n}\n"),
+             " int get() const device { return a; }\n};\n"
+             "int f(const device S* q) {\n  return q->get();  // FAULT\n}\n"),
     compiled("threadgroup variable in a function", "can be declared in the kernel itself only",
              before="inline void f() {\n  threadgroup float b[4];  // FAULT // RIGHT: float b[4];\n  b[0] = 1;\n}\n"),
     # --- types ---
@@ -408,12 +410,14 @@ COMPILE: Final = [
              " // RIGHT: atomic_fetch_add_explicit(p, 1.0f, memory_order_relaxed);", dtype=mx.float32,
              launch={"init_value": 0}),
     # --- what Metal leaves out of C++ ---
-    compiled("goto", "Metal does not have goto", "goto end;  // FAULT // RIGHT:\nend: out[i] = a[i];  // RIGHT: out[i] = a[i];"),
+    compiled("goto", "Metal does not have goto",
+             "goto end;  // FAULT // RIGHT:\nend: out[i] = a[i];  // RIGHT: out[i] = a[i];"),
     compiled("exceptions", "exceptions", "try {  // FAULT // RIGHT: {\nout[i] = a[i];\n} catch (...) {}  // RIGHT: }"),
     compiled("pointer to a function", "pointers to functions",
              "int (*f)(int) = nullptr;  // FAULT // RIGHT:\nout[i] = a[i];"),
     compiled("virtual function", "virtual",
-             before="struct S {\n  virtual int f() const { return 1; }  // FAULT // RIGHT: int f() const { return 1; }\n};\n"),
+             before="struct S {\n  virtual int f() const { return 1; }  // FAULT // RIGHT: int f() const "
+             "{ return 1; }\n};\n"),
     compiled("the C++ standard library", r"Metal does not have the C\+\+ standard library",
              "out[i] = a[i];\n// the word alone is enough",
              before="namespace std {}  // FAULT // RIGHT:\n"),
