@@ -3,7 +3,8 @@
 // Shapes    x, r, h, y [rows, size] in T; weight [size] float32. Any size from 1.
 // Threads   as rms_norm.
 // Numerics  the sum is rounded to T first, as a reader of h sees it; the norm of that is float32, y is rounded once.
-// Traffic   reads 2 rows and the weight, writes 2 rows; the second look at h goes to the thread's own elements.
+// Traffic   reads x and r once, the weight once per row, and h once more, from the cache and by the thread that wrote
+//           it; writes h and y.
 
 #include "rms_norm.metal"
 

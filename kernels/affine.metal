@@ -1,7 +1,7 @@
 // Reading packed affine weights: W[r, c] = scale * q + bias with one scale and bias for GROUP columns of a row, and
 // q >= 0 of BITS bits, as `mx.quantize` packs them: a row is one string of bits, lowest first, in uint32 words.
 //
-// Threads   the 32 lanes of a SIMD-group share a row; a lane takes `affine_run` columns, the next lane the next ones.
+// Threads   the 32 lanes of a simdgroup share a row; a lane takes `affine_run` columns, the next lane the next ones.
 //           They lie in one group (groups are multiples of 32), so that a lane is never half past the end of a row.
 // Numerics  float32: scale * sum(q * x) + bias * sum(x) for the columns of a lane. The codes are masked, not shifted;
 //           the power of two that is left in them is taken out of x beforehand, which is exact.

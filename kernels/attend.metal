@@ -1,6 +1,6 @@
 // Attention of few queries over a long cache, keys and values read once for all query heads that share them.
 //
-// Shapes    q [B, heads, times, D]; k, v [B, kv, keys, D], in T, the used part of a larger buffer, the last axis dense;
+// Shapes    q [B, heads, times, D]; k, v [B, kv, keys, D], in T, the last axis dense, of which the first `keys` exist;
 //           query head h reads head h / (heads / kv), the last query stands at the last key and sees all of them.
 //           Pass 1 -> partial float32 [B, heads, times, blocks, D], the sum of exp(score - maximum) * value over a
 //           block of keys, and stats float32 [B, heads, times, blocks, 2], its maximum and its sum of exponentials.
@@ -26,6 +26,7 @@ constant constexpr float LOWEST = -3.4028235e38f;
 template <uint WIDTH>
 METAL_FUNC void exchange(thread float* values, ushort step, uint lane) {
   const bool upper = (lane & step) != 0;
+#pragma unroll
   for (uint i = 0; i < WIDTH; ++i) {
     const float kept = upper ? values[i + WIDTH] : values[i];
     const float given = upper ? values[i] : values[i + WIDTH];
@@ -108,6 +109,7 @@ METAL_FUNC void attend_block(
   float sums[ROWS * COLUMNS] = {0.0f};
   float maximum[OWNED];
   float total[OWNED];
+#pragma unroll
   for (uint i = 0; i < OWNED; ++i) {
     maximum[i] = LOWEST;
     total[i] = 0.0f;
@@ -124,20 +126,26 @@ METAL_FUNC void attend_block(
       const device T* from = k + size_t(start + next) * k_strides[2] + lane * OWN;
       for (uint chunk = 0; chunk < OWN; chunk += CHUNK) {
         float held[KEYS * CHUNK];
+#pragma unroll
         for (uint j = 0; j < KEYS; ++j) {
           if (next + j < count) {
+#pragma unroll
             for (uint c = 0; c < CHUNK; ++c) {
               held[j * CHUNK + c] = float(from[size_t(j) * k_strides[2] + chunk + c]);
             }
           } else {
+#pragma unroll
             for (uint c = 0; c < CHUNK; ++c) {
               held[j * CHUNK + c] = 0.0f;
             }
           }
         }
+#pragma unroll
         for (uint row = 0; row < ROWS; ++row) {
+#pragma unroll
           for (uint c = 0; c < CHUNK; ++c) {
             const float x = float(queries[row * D + lane * OWN + chunk + c]);
+#pragma unroll
             for (uint j = 0; j < KEYS; ++j) {
               scores[j * ROWS + row] += x * held[j * CHUNK + c];
             }
@@ -151,6 +159,7 @@ METAL_FUNC void attend_block(
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
+#pragma unroll
     for (uint i = 0; i < OWNED; ++i) {
       const uint row = simdgroup + i * SIMDGROUPS;
       if (row < ROWS) {
@@ -177,15 +186,19 @@ METAL_FUNC void attend_block(
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
+#pragma unroll
     for (uint row = 0; row < ROWS; ++row) {
+#pragma unroll
       for (uint c = 0; c < COLUMNS; ++c) {
         sums[row * COLUMNS + c] *= factors[row];
       }
     }
     const device T* from = v + size_t(start) * v_strides[2] + thread_index * COLUMNS;
     for (uint key = 0; key < count; ++key) {
+#pragma unroll
       for (uint c = 0; c < COLUMNS; ++c) {
         const float value = float(from[c]);
+#pragma unroll
         for (uint row = 0; row < ROWS; ++row) {
           sums[row * COLUMNS + c] += weights[key * ROWS + row] * value;
         }
@@ -196,13 +209,16 @@ METAL_FUNC void attend_block(
   }
 
   const size_t out = (size_t(batch) * heads + kv_head * ratio) * times + first;  // [B, heads, times] in rows
+#pragma unroll
   for (uint row = 0; row < ROWS; ++row) {
     if (row < rows) {
+#pragma unroll
       for (uint c = 0; c < COLUMNS; ++c) {
         partial[((out + row) * blocks + block) * D + thread_index * COLUMNS + c] = sums[row * COLUMNS + c];
       }
     }
   }
+#pragma unroll
   for (uint i = 0; i < OWNED; ++i) {
     const uint row = simdgroup + i * SIMDGROUPS;
     if (row < rows && lane == 0) {
@@ -245,10 +261,12 @@ METAL_FUNC void attend_combine(
   float sums[OWN] = {0.0f};
   for (uint block = simdgroup; block < blocks; block += SIMDGROUPS) {
     const float factor = metal::precise::exp(stats[block * 2] - highest);
+#pragma unroll
     for (uint i = 0; i < OWN; ++i) {
       sums[i] += factor * partial[size_t(block) * D + i];
     }
   }
+#pragma unroll
   for (uint i = 0; i < OWN; ++i) {
     shared[simdgroup * D + lane * OWN + i] = sums[i];
   }

@@ -7,9 +7,9 @@
 //           inner [N, K * I + J] in T: the chosen experts of a token one after the other, then the shared one. J = 0
 //           and its arrays are not touched without SHARED; residual is not without RESIDUAL.
 //           H, I and J are multiples of the groups and need not be multiples of anything else.
-// Threads   a SIMD-group owns ROWS neighbouring rows of one token: of gate and of up of one expert in the first launch,
+// Threads   a simdgroup owns ROWS neighbouring rows of one token: of gate and of up of one expert in the first launch,
 //           of y in the second. In place of rows past the end the last one is computed again, and not written.
-//           No barriers, no threadgroup memory: SIMD-groups of a threadgroup have nothing to do with each other.
+//           No barriers, no threadgroup memory: simdgroups of a threadgroup have nothing to do with each other.
 // Numerics  float32 inside, T only in memory: inner is rounded once to T (a stock product rounds gate and up as well),
 //           y once, after the sum over experts, shared expert and residual.
 // Traffic   each token reads the weights of its experts and of the shared one once. x, inner and y are kilobytes; they

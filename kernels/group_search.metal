@@ -33,7 +33,9 @@ METAL_FUNC float stored(float x, float up, float down) {
 
 template <int N>
 METAL_FUNC float total(thread float* x) {
+#pragma unroll
   for (int half_way = N / 2; half_way > 0; half_way /= 2) {
+#pragma unroll
     for (int j = 0; j < half_way; j++) {
       x[j] += x[j + half_way];
     }
@@ -58,6 +60,7 @@ struct GroupSearch {
   // The nearest codes.
   METAL_FUNC void encode(float scale, float bias) {
     const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+#pragma unroll
     for (int j = 0; j < N; j++) {
       code[j] = metal::clamp(metal::rint((w[j] - bias) * inverse), 0.0f, float((1 << bits) - 1));
     }
@@ -67,6 +70,7 @@ struct GroupSearch {
   METAL_FUNC void place(float scale, float bias) {
     encode(scale, bias);
     float squares[N];
+#pragma unroll
     for (int j = 0; j < N; j++) {
       const float error = (w[j] - bias) - product(code[j], scale, zero);
       squares[j] = product(error * error, importance[j], zero);
@@ -83,6 +87,7 @@ struct GroupSearch {
   METAL_FUNC void refit(thread float& scale, thread float& bias) {
     constexpr float middle = 1 << (bits - 1);
     float c[N], cc[N], cw[N];
+#pragma unroll
     for (int j = 0; j < N; j++) {
       const float centred = code[j] - middle;
       c[j] = product(importance[j], centred, zero);
@@ -106,6 +111,7 @@ struct GroupSearch {
 
   METAL_FUNC void load(const device T* weights, const device float* importances, uint lane) {
     uint top = 0;
+#pragma unroll
     for (int j = 0; j < N; j++) {
       const float x = float(weights[lane + 32 * j]);
       const uint magnitude = as_type<uint>(x) & 0x7fffffff;
@@ -119,6 +125,7 @@ struct GroupSearch {
     up = as_type<float>((top - 1) << 23);
     down = as_type<float>((255 - top) << 23);
     float sum[N], moment[N];
+#pragma unroll
     for (int j = 0; j < N; j++) {
       const float x = w[j] * down;
       w[j] = nothing || metal::abs(x) < 0x1p-24f ? 0.0f : x;
@@ -132,6 +139,7 @@ struct GroupSearch {
   // Scale and bias by the rule of mx.quantize (MLX's CPU backend), for which a step is at least 1e-7.
   METAL_FUNC void min_max(float least, thread float& scale, thread float& bias) {
     float low = w[0], high = w[0];
+#pragma unroll
     for (int j = 1; j < N; j++) {
       low = metal::min(low, w[j]);
       high = metal::max(high, w[j]);
@@ -167,6 +175,7 @@ struct GroupSearch {
 
   // 32 codes are `bits` words; lane l's lie at bit l * bits.
   METAL_FUNC void write(device uint* words, uint lane) {
+#pragma unroll
     for (int j = 0; j < N; j++) {
       const uint own = uint(code[j]);
       uint own_word = 0;

@@ -65,6 +65,7 @@ METAL_FUNC void prologue(
   float second[PAIRS];
   float rest[REST + 1];  // an array of no elements is none
   float squares = 0.0f;
+#pragma unroll
   for (uint i = 0; i < PAIRS; ++i) {
     const uint p = lane + 32 * i;
     if (p < HALF) {
@@ -73,6 +74,7 @@ METAL_FUNC void prologue(
       squares += first[i] * first[i] + second[i] * second[i];
     }
   }
+#pragma unroll
   for (uint i = 0; i < REST; ++i) {
     const uint p = R + lane + 32 * i;
     if (p < D) {
@@ -84,6 +86,7 @@ METAL_FUNC void prologue(
 
   const device float* norm = is_q ? q_norm : k_norm;
   const float position = float(offset[offsets == 1 ? 0 : row] + int(time));
+#pragma unroll
   for (uint i = 0; i < PAIRS; ++i) {
     const uint p = lane + 32 * i;
     if (p < HALF) {
@@ -96,6 +99,7 @@ METAL_FUNC void prologue(
       to[p + HALF] = T(x * s + y * c);
     }
   }
+#pragma unroll
   for (uint i = 0; i < REST; ++i) {
     const uint p = R + lane + 32 * i;
     if (p < D) {

@@ -4,7 +4,7 @@
 // Threads   one threadgroup of `threads` (a multiple of 32, at most 1024) per row; a thread owns the elements
 //           thread, thread + threads, ... of its row.
 // Numerics  float32 inside, y is rounded once.
-// Traffic   reads one row and the weight, writes one row.
+// Traffic   reads the row twice, the second time from the cache, and the weight once per row; writes the row.
 
 // 1 / sqrt(mean + eps) of a row, from each thread's sum of squares. `partial` has one float per simdgroup.
 METAL_FUNC float rms_factor(

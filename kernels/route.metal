@@ -3,7 +3,7 @@
 // Shapes    logits [N, E], or [N, E + 1] with SHARED: its last column is the shared expert's gate. chosen uint32 and
 //           weights float32 [N, K], share float32 [N, 1] (0 without SHARED). SLOTS = ceil(E / 32), at most 16; K at
 //           most 32 and at most E.
-// Threads   one SIMD-group per token. Lane l owns the logits l, l + 32, ... in registers, and in the end the choice
+// Threads   one simdgroup per token. Lane l owns the logits l, l + 32, ... in registers, and in the end the choice
 //           number l. Each of the K rounds takes the largest open logit: two reductions, no barrier.
 // Numerics  float32. Logits are ranked as unsigned keys of the same order (-0 and 0 equal, NaN lowest), the lowest
 //           index first among equal ones. NORMALIZE: softmax over the chosen; else over all E.

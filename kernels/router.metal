@@ -2,7 +2,7 @@
 //
 // Shapes    x [N, H] in T; W packed affine [rows, H] with scales and biases of any float type; y [N, rows] float32.
 //           H is a multiple of the groups; rows is any number (256 experts and the shared expert's gate make 257).
-// Threads   a SIMD-group owns ROWS neighbouring rows of one token. A last block that is not full computes its last row
+// Threads   a simdgroup owns ROWS neighbouring rows of one token. A last block that is not full computes its last row
 //           again. No barriers, no threadgroup memory.
 // Numerics  float32 throughout (affine.metal).
 // Traffic   reads W once per token and x 1 / ROWS times a row, from the caches; writes y once.

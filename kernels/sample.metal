@@ -44,6 +44,7 @@ METAL_FUNC void
 select_first(thread float* v, uint start, threadgroup float* values, threadgroup uint* ids, uint lane) {
   for (int rank = 0; rank < K; rank++) {
     Candidate mine = nobody();
+#pragma unroll
     for (int i = 0; i < PER; i++) {
       if (v[i] > mine.value) {
         mine.value = v[i];
@@ -55,6 +56,7 @@ select_first(thread float* v, uint start, threadgroup float* values, threadgroup
       values[rank] = first.value;
       ids[rank] = first.id;
     }
+#pragma unroll
     for (int i = 0; i < PER; i++) {
       if (start + 32 * i + lane == first.id) {
         v[i] = -INFINITY;
@@ -137,6 +139,7 @@ METAL_FUNC void sample_top(
     uint lane) {
   const uint start = (block * simdgroups + simdgroup) * 32 * PER;
   float v[PER];
+#pragma unroll
   for (uint i = 0; i < PER; i++) {
     const uint id = start + 32 * i + lane;
     v[i] = id < size ? x[id] : -INFINITY;
@@ -211,6 +214,7 @@ METAL_FUNC void sample_race(
     uint lane) {
   const uint start = (block * simdgroups + simdgroup) * 32 * PER;
   float v[PER];
+#pragma unroll
   for (uint i = 0; i < PER; i++) {
     const uint id = start + 32 * i + lane;
     const float value = id < size ? x[id] : -INFINITY;

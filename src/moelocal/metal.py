@@ -38,6 +38,11 @@ def _on_metal() -> bool:
     return bool(mx.metal.is_available())
 
 
+def executor() -> Executor | None:
+    """What runs kernels in the place of the device, or None."""
+    return _executor
+
+
 @contextmanager
 def executing(executor: Executor) -> Iterator[None]:
     """Run kernels through `executor` inside the block."""
@@ -63,7 +68,8 @@ def text(file: str) -> str:
         for number, line in enumerate((FOLDER / f"{name}.metal").read_text("ascii").splitlines(), start=1):
             include = _INCLUDE.match(line)
             if include is None:
-                yield line
+                # MLX hashes the whole text at every launch, so comments stay behind; their lines keep the count
+                yield "" if line.lstrip().startswith("//") else line
             else:
                 if include[1] not in seen:
                     yield from expand(include[1])
@@ -87,7 +93,7 @@ class Kernel:
     outputs: tuple[str, ...]
     call: str
     strided: bool = False
-    _bound: dict[tuple[Executor, str], Callable[..., Sequence[mx.array]]] = field(
+    _bound: dict[Executor, Callable[..., Sequence[mx.array]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -102,21 +108,18 @@ class Kernel:
         template: Mapping[str, int | bool | mx.Dtype],
     ) -> Sequence[mx.array]:
         """Outputs of `shapes` and `dtypes`; `grid` counts threads, `threadgroup` those that share memory."""
-        executor = _executor or cast(Executor, mx.fast.metal_kernel)
-        # MLX keeps one compiled text per name and template; dtypes and address spaces change the text alone, so that
-        # without them in the name two kinds of call would recompile each other's kernel in turns
-        kinds = "_".join(f"{str(a.dtype)[9:]}{'c' if a.size < 8 else ''}{'' if a.ndim else 's'}" for a in inputs)
-        bound = self._bound.get((executor, kinds))
+        runner = _executor or cast(Executor, mx.fast.metal_kernel)
+        bound = self._bound.get(runner)
         if bound is None:
-            bound = executor(
-                name=f"moelocal_{self.name}__{kinds}",
+            bound = runner(
+                name=f"moelocal_{self.name}",
                 input_names=list(self.inputs),
                 output_names=list(self.outputs),
                 source=self.call,
                 header=text(self.file),
                 ensure_row_contiguous=not self.strided,
             )
-            self._bound[executor, kinds] = bound
+            self._bound[runner] = bound
         arguments: dict[str, Any] = {
             "inputs": list(inputs),
             "output_shapes": [tuple(shape) for shape in shapes],

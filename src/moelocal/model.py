@@ -16,7 +16,7 @@ from moelocal.layers.block import Block
 from moelocal.ops.host import MANY_ROWS
 from moelocal.ops.linear import linear
 from moelocal.ops.norm import rms_norm
-from moelocal.ops.op import forced, on_cpu
+from moelocal.ops.op import forced, on_cpu, setting
 
 
 class Decoder:
@@ -94,9 +94,10 @@ class Decoder:
 
     def _step(self, tokens: mx.array, cache: Cache) -> mx.array:
         """One token per row, through the compiled form of each block."""
-        position, x = mx.array(cache.position), self.embed(tokens)
+        position, length = mx.array(cache.position), mx.array(cache.position + 1)
+        x, now = self.embed(tokens), setting()
         for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x = block.step(x, layer, position)
+            x = block.step(x, layer, position, length, now)
         cache.advance(1)
         return self.logits(x)
 

@@ -7,7 +7,8 @@ from typing import Final
 import mlx.core as mx
 
 STEP: Final = 256
-"""Positions by which the buffers of an attention cache grow: one allocation per STEP tokens."""
+"""Positions by which the buffer of an attention cache grows; long ones grow by a 32nd in multiples of it, since each
+size is copied, and traced, once."""
 
 
 class AttentionCache:
@@ -20,21 +21,20 @@ class AttentionCache:
         self.buffer: mx.array | None = None
         self.length = 0
 
-    def append(self, stored: mx.array) -> tuple[mx.array, mx.array]:
-        """Store keys and values [2·B, Hkv, T, D] behind what is there; return all keys and all values, views
-        [B, Hkv, length, D]."""
+    def append(self, stored: mx.array) -> mx.array:
+        """Store keys and values [2·B, Hkv, T, D] behind what is there; return the buffer."""
         start, stop = self.length, self.length + stored.shape[2]
         if self.buffer is None or stop > self.buffer.shape[2]:
             self.buffer = self._grown(stored, start, stop)
         self.buffer[:, :, start:stop] = stored
         self.length = stop
-        batch = stored.shape[0] // 2
-        return self.buffer[:batch, :, :stop], self.buffer[batch:, :, :stop]
+        return self.buffer
 
     def _grown(self, stored: mx.array, start: int, stop: int) -> mx.array:
         """A buffer with room for `stop` positions that holds the first `start`."""
         batches, heads, _, size = stored.shape
-        room = mx.zeros((batches, heads, -(-stop // STEP) * STEP - start, size), stored.dtype)
+        step = max(start // 32 // STEP, 1) * STEP
+        room = mx.zeros((batches, heads, -(-stop // step) * step - start, size), stored.dtype)
         return room if self.buffer is None else mx.concatenate([self.buffer[:, :, :start], room], axis=2)
 
     @property

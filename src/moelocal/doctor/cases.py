@@ -172,21 +172,21 @@ def _attend(spec: AttentionSpec, dtype: mx.Dtype, keys: int, length: int) -> Cas
 
 def _route(spec: MoESpec, length: int) -> Case:
     shared = bool(spec.shared_width)
-    calls = [_normal(1, spec.experts + shared) for _ in range(length)]
+    calls = [_normal(1, 1, spec.experts + shared) for _ in range(length)]
 
     def step(i: int, last: Any) -> tuple[Any, ...]:
-        logits = calls[i] + last[1][:, :1] if last else calls[i]
+        logits = calls[i] + last[1][..., :1] if last else calls[i]
         return logits, spec.per_token, spec.normalize, shared
 
     return Case(route, "1 token", step, length)
 
 
 def _router(kind: RouterWeights, hidden: int, dtype: mx.Dtype, length: int) -> Case:
-    x = _normal(1, hidden, dtype=dtype)
+    x = _normal(1, 1, hidden, dtype=dtype)
     weights = [random_router(kind) for _ in range(length)]
 
     def step(i: int, last: Any) -> tuple[Any, ...]:
-        return x if last is None else x + last[:, :1].astype(dtype), weights[i]
+        return x if last is None else x + last[..., :1].astype(dtype), weights[i]
 
     form = _format(kind.wide[0] if kind.stored is None else kind.stored)
     return Case(router, f"1 token, {form}", step, length)
@@ -197,14 +197,16 @@ def _format(weight: Weight) -> str:
 
 
 def _experts(spec: MoESpec, kind: Experts, hidden: int, dtype: mx.Dtype, length: int) -> Case:
-    x, residual = _normal(1, hidden, dtype=dtype), _normal(1, hidden, dtype=dtype)
+    x, residual = _normal(1, 1, hidden, dtype=dtype), _normal(1, 1, hidden, dtype=dtype)
     routed, shared = random_block(kind.routed), None if kind.shared is None else random_block(kind.shared)
     # every call other experts, until all were used
     calls = [
         (
-            (mx.arange(i * spec.per_token, (i + 1) * spec.per_token)[None] % spec.experts).astype(mx.uint32),
-            mx.softmax(_normal(1, spec.per_token)),
-            None if shared is None else mx.sigmoid(_normal(1, 1)),
+            (mx.arange(i * spec.per_token, (i + 1) * spec.per_token)[None, None] % spec.experts).astype(
+                mx.uint32
+            ),
+            mx.softmax(_normal(1, 1, spec.per_token), axis=-1),
+            None if shared is None else mx.sigmoid(_normal(1, 1, 1)),
         )
         for i in range(length)
     ]

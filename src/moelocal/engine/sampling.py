@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 
@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moelocal.errors import RequestError
-from moelocal.ops.op import forced
+from moelocal.ops.op import setting
 from moelocal.ops.sample import largest, noise_size, sample
 
 BAD_LOGITS = -1
@@ -130,7 +130,7 @@ class Sampler:
         self._token_mask = token_mask
         self._prompt = prompt
         self._draws = sampling.temperature > 0
-        self._step = _compiled(replace(sampling, logit_bias={}), forced())
+        self._step = _compiled(replace(sampling, logit_bias={}), setting())
         self._counts: mx.array | None = None
         self._fixed: dict[str, mx.array] | None = None
 
@@ -209,10 +209,10 @@ _Step = Callable[..., tuple[mx.array, mx.array | None]]
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(sampling: Sampling, form: str) -> _Step:
+def _compiled(sampling: Sampling, form: Hashable) -> _Step:
     """The compiled step of one kind of sampling, kept over answers because tracing it takes milliseconds.
 
-    `form` is the override in effect: a trace holds the form that the op chose when it was made.
+    `form` is the setting in effect: a trace holds the form that the op chose when it was made.
     """
     step: _Step = mx.compile(functools.partial(_choose, sampling))
     return step

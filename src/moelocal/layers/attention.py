@@ -63,8 +63,13 @@ class Attention:
         padding: mx.array | None,
     ) -> mx.array:
         """Append to the cache and attend over all of it -> gated heads [B, T, Hq·D]."""
-        keys, values = cache.append(stored)
+        keys, values = mx.split(cache.append(stored)[:, :, : cache.length], 2)
         return attend(q, keys, values, self.scale, padding, gate)
+
+    def attend_step(self, q: mx.array, buffer: mx.array, length: mx.array, gate: mx.array | None) -> mx.array:
+        """The same over the first `length` positions of the buffer of a cache, in shapes that do not grow with it."""
+        keys, values = mx.split(buffer, 2)
+        return attend(q, keys, values, self.scale, None, gate, length)
 
     def epilogue(self, heads: mx.array) -> mx.array:
         """Gated heads [B, T, Hq·D] -> [B, T, H]."""

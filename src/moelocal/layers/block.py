@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import mlx.core as mx
 
@@ -29,6 +29,7 @@ class Block:
             if isinstance(spec.mixer, AttentionSpec)
             else DeltaNet(scope.at("linear_attn"), spec.mixer, hidden, eps, dtype)
         )
+        self._compiled: dict[Hashable, list[Callable[..., Any]]] = {}
         mlp = scope.at("mlp")
         self.mlp = (
             MoE(mlp, spec.mlp, hidden, dtype)
@@ -65,45 +66,51 @@ class Block:
             x, mixed = x[:, -rows:], mixed[:, -rows:]
         return self.feed_forward(x, mixed)
 
-    def step(self, x: mx.array, cache: LayerCache, position: mx.array) -> mx.array:
-        """One token per row, [B, 1, H] -> [B, 1, H]: as `__call__`, in functions compiled once per batch size.
+    def step(
+        self, x: mx.array, cache: LayerCache, position: mx.array, length: mx.array, setting: Hashable
+    ) -> mx.array:
+        """One token per row, [B, 1, H] -> [B, 1, H]: as `__call__`, in functions compiled once per batch size, size of
+        the cache's buffer, and `setting` (`ops.op.setting`).
 
-        Position is an array: as a number it would be a constant of the compiled function. Keys and values grow, so
-        the cache and the attention over it stay outside.
+        Position and length (position + 1) are arrays: as numbers they would be constants of the compiled function. The
+        write into the cache stays outside: with a position that is an array it takes two launches.
         """
-        if isinstance(self.mixer, Attention):
-            assert isinstance(cache, AttentionCache)
-            q, stored, *gate = self._enter(x, position)
-            return self._leave(x, self.mixer.attend(q, stored, gate[0] if gate else None, cache, None))
-        assert isinstance(cache, RecurrentCache)
+        functions = self._compiled.get(setting)
+        if functions is None:
+            steps = (self._enter, self._leave) if isinstance(self.mixer, Attention) else (self._whole,)
+            functions = self._compiled[setting] = [mx.compile(step) for step in steps]
+        result: mx.array
+        if isinstance(cache, AttentionCache):
+            enter, leave = functions
+            q, stored, *gate = enter(x, position)
+            result = leave(x, q, cache.append(stored), length, *gate)
+            return result
+        (whole,) = functions
         if cache.conv is None or cache.state is None:
-            cache.conv, cache.state = self.mixer.begin(x.shape[0])
-        y, cache.conv, cache.state = self._whole(x, cache.conv, cache.state)
-        return y
-
-    @cached_property
-    def _enter(self) -> Callable[..., list[mx.array]]:
-        def enter(x: mx.array, position: mx.array) -> list[mx.array]:
-            assert isinstance(self.mixer, Attention)
-            q, stored, gate = self.mixer.prologue(rms_norm(x, self.before_mixer, self.eps), position)
-            return [q, stored] if gate is None else [q, stored, gate]
-
-        return mx.compile(enter)
-
-    @cached_property
-    def _leave(self) -> Callable[..., mx.array]:
-        def leave(x: mx.array, heads: mx.array) -> mx.array:
-            assert isinstance(self.mixer, Attention)
-            return self.feed_forward(x, self.mixer.epilogue(heads))
-
-        return mx.compile(leave)
-
-    @cached_property
-    def _whole(self) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
-        def whole(x: mx.array, conv: mx.array, state: mx.array) -> tuple[mx.array, mx.array, mx.array]:
             assert isinstance(self.mixer, DeltaNet)
-            normed = rms_norm(x, self.before_mixer, self.eps)
-            y, conv, state = self.mixer.step(normed, conv, state, None)
-            return self.feed_forward(x, y), conv, state
+            cache.conv, cache.state = self.mixer.begin(x.shape[0])
+        result, cache.conv, cache.state = whole(x, cache.conv, cache.state)
+        return result
 
-        return mx.compile(whole)
+    def _enter(self, x: mx.array, position: mx.array) -> list[mx.array]:
+        assert isinstance(self.mixer, Attention)
+        q, stored, gate = self.mixer.prologue(rms_norm(x, self.before_mixer, self.eps), position)
+        return [q, stored] if gate is None else [q, stored, gate]
+
+    def _leave(
+        self,
+        x: mx.array,
+        q: mx.array,
+        buffer: mx.array,
+        length: mx.array,
+        gate: mx.array | None = None,
+    ) -> mx.array:
+        assert isinstance(self.mixer, Attention)
+        heads = self.mixer.attend_step(q, buffer, length, gate)
+        return self.feed_forward(x, self.mixer.epilogue(heads))
+
+    def _whole(self, x: mx.array, conv: mx.array, state: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        assert isinstance(self.mixer, DeltaNet)
+        normed = rms_norm(x, self.before_mixer, self.eps)
+        y, conv, state = self.mixer.step(normed, conv, state, None)
+        return self.feed_forward(x, y), conv, state

@@ -59,13 +59,11 @@ class MoE:
         return [*self.router.arrays, *self.routed.arrays, *(self.shared.arrays if self.shared else [])]
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        flat = x.reshape(-1, x.shape[-1])
-        logits = router(flat, self.router)
+        logits = router(x, self.router)
         chosen, weights, share = route(
             logits, self.spec.per_token, self.spec.normalize, self.shared is not None
         )
-        y = experts(flat, self.routed, chosen, weights, self.shared, share, residual.reshape(flat.shape))
-        return y.reshape(x.shape)
+        return experts(x, self.routed, chosen, weights, self.shared, share, residual)
 
 
 def _widened(weights: SwiGLU) -> SwiGLU:

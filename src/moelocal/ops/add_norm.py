@@ -51,7 +51,7 @@ def metal(x: mx.array, r: mx.array, weight: mx.array, eps: float) -> Result:
 
 
 def supports(x: mx.array, r: mx.array, weight: mx.array, eps: float) -> bool:
-    return norm.supports(x, weight, eps)
+    return x.dtype == r.dtype and norm.supports(x, weight, eps)
 
 
 add_norm = Op("add_norm", reference=reference, portable=portable, metal=metal, supports=supports)

@@ -2,7 +2,8 @@
 
 q [B, Hq, T, D]; k, v [B, Hkv, S, D] with S >= T, the last T of them the positions of q, their last axis dense; query
 head h reads key-value head h // (Hq / Hkv). `hidden` [B] counts leading positions of each row that are padding, or
-None; `gate` [B, T, Hq, D] or None.
+None; `gate` [B, T, Hq, D] or None. With `length`, int32 [], only so many of the S keys exist (the others are finite),
+and q stands at the last of those: a compiled step then keeps its shapes while a context grows.
     y = softmax(q kᵀ · scale) v ⊙ σ(gate)
 -> [B, T, Hq·D], as the output projection reads it, in the dtype of q. Scores, softmax and gate in float32.
 """
@@ -20,10 +21,10 @@ from moelocal.ops.host import borrow
 from moelocal.ops.op import Op
 
 
-def visible(queries: int, keys: int, hidden: mx.array | None) -> mx.array:
+def visible(queries: int, keys: int, hidden: mx.array | None, length: mx.array | None = None) -> mx.array:
     """Which key each query sees: bool [T, S], or [B, 1, T, S] with padding. A padding query sees itself: it has to stay
     finite."""
-    position = mx.arange(keys - queries, keys)[:, None]
+    position = (mx.arange(-queries, 0) + (keys if length is None else length))[:, None]
     seen = position >= mx.arange(keys)
     if hidden is None:
         return seen
@@ -38,11 +39,12 @@ def reference(
     scale: float,
     hidden: mx.array | None,
     gate: mx.array | None,
+    length: mx.array | None = None,
 ) -> mx.array:
     batch, time, ratio = q.shape[0], q.shape[2], q.shape[1] // k.shape[1]
     keys, values = (mx.repeat(a.astype(mx.float32), ratio, axis=1) for a in (k, v))
     scores = q.astype(mx.float32) @ mx.swapaxes(keys, -1, -2) * scale
-    scores = mx.where(visible(time, k.shape[2], hidden), scores, -mx.inf)
+    scores = mx.where(visible(time, k.shape[2], hidden, length), scores, -mx.inf)
     y = (mx.softmax(scores, axis=-1, precise=True) @ values).swapaxes(1, 2)
     if gate is not None:
         y = y * mx.sigmoid(gate.astype(mx.float32))
@@ -56,11 +58,12 @@ def portable(
     scale: float,
     hidden: mx.array | None,
     gate: mx.array | None,
+    length: mx.array | None = None,
 ) -> mx.array:
     batch, _, time, _ = q.shape
     mask: mx.array | str | None
-    if hidden is not None:
-        mask = visible(time, k.shape[2], hidden)
+    if hidden is not None or length is not None:
+        mask = visible(time, k.shape[2], hidden, length)
     else:
         mask = "causal" if time > 1 else None
     y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask).swapaxes(1, 2)
@@ -85,6 +88,7 @@ def host(
     scale: float,
     hidden: mx.array | None,
     gate: mx.array | None,
+    length: mx.array | None = None,
 ) -> mx.array:
     mx.eval(q, k, v, gate)
     batch, heads, queries, size = q.shape
@@ -122,13 +126,13 @@ COMBINING: Final = 8
 BLOCKS = Kernel(
     name="attend_block",
     file="attend",
-    inputs=("q", "k", "v", "scale"),
+    inputs=("q", "k", "v", "length", "scale"),
     outputs=("partial", "stats"),
     call="""threadgroup T queries[ROWS * D];
 threadgroup float weights[TILE * ROWS];
 threadgroup float factors[ROWS];
 attend_block<T, D, ROWS, TILE, SIMDGROUPS>(q, k, v, partial, stats, queries, weights, factors, q_strides, k_strides,
-    v_strides, q_shape[1], q_shape[2], k_shape[1], k_shape[2], scale, threadgroup_position_in_grid.x,
+    v_strides, q_shape[1], q_shape[2], k_shape[1], length, scale, threadgroup_position_in_grid.x,
     threadgroups_per_grid.x, threadgroup_position_in_grid.y, threadgroup_position_in_grid.z,
     simdgroup_index_in_threadgroup, thread_index_in_simdgroup);""",
     strided=True,
@@ -154,6 +158,7 @@ def metal(
     scale: float,
     hidden: mx.array | None,
     gate: mx.array | None,
+    length: mx.array | None = None,
 ) -> mx.array:
     batch, heads, time, size = q.shape
     groups, keys = k.shape[1], k.shape[2]
@@ -162,7 +167,7 @@ def metal(
     blocks = _blocks(keys, shares * batch)
     simdgroups = size // 32 // (COLUMNS if size % (32 * COLUMNS) == 0 else 1)
     partial, stats = BLOCKS(
-        [q, k, v, mx.array(scale)],
+        [q, k, v, mx.array(keys) if length is None else length, mx.array(scale)],
         shapes=[(batch, heads, time, blocks, size), (batch, heads, time, blocks, 2)],
         dtypes=[mx.float32, mx.float32],
         grid=(blocks * simdgroups * 32, shares, batch),
@@ -203,12 +208,15 @@ def supports(
     scale: float,
     hidden: mx.array | None,
     gate: mx.array | None,
+    length: mx.array | None = None,
 ) -> bool:
     return (
         hidden is None
         and 0 < q.shape[2] <= MOST_QUERIES
         and q.shape[3] % 32 == 0
-        and q.shape[3] <= 256
+        and q.shape[3] == k.shape[3] <= 256
+        and k.shape == v.shape
+        and q.shape[1] % k.shape[1] == 0
         and q.dtype == k.dtype == v.dtype
         and (gate is None or gate.dtype == q.dtype)
     )
@@ -219,13 +227,13 @@ attend = Op(
     reference=reference,
     portable=portable,
     host=host,
-    host_when=lambda q, k, v, scale, hidden, gate: (
-        hidden is None and q.dtype == mx.float32 and q.shape[2] >= 32
+    host_when=lambda q, k, v, scale, hidden, gate, length=None: (
+        hidden is None and length is None and q.dtype == mx.float32 and q.shape[2] >= 32
     ),
     metal=metal,
     supports=supports,
     # a context grows by a key with every token
-    key=lambda q, k, v, scale, hidden, gate: (
+    key=lambda q, k, v, scale, hidden, gate, length=None: (
         choice.shapes(q, gate),
         k.shape[1],
         choice.size_class(k.shape[2]),

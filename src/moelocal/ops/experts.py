@@ -1,8 +1,8 @@
 """The expert block: y = residual + Σ_k w_k · down_k(silu(gate_k x) ⊙ up_k x) + share · the shared expert.
 
-x, residual [N, H] of one dtype; chosen uint32 [N, K]; weights float32 [N, K]; share float32 [N, 1] -> y [N, H] in that
-dtype. The sum is float32, rounded once. `shared` and `share` are None without a shared expert, `residual` where nothing
-is to be added.
+x, residual [..., H] of one dtype; chosen uint32 [..., K]; weights float32 [..., K]; share float32 [..., 1]
+-> y [..., H] in that dtype; N tokens in all. The sum is float32, rounded once. `shared` and `share` are None without a
+shared expert, `residual` where nothing is to be added.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ def reference(
     wide = x.astype(mx.float32)
     gate, up = mx.split(mx.concatenate([_plain(w) for w in routed.gate_up], axis=-2), 2, axis=-2)  # [E, I, H]
     total = mx.zeros_like(wide) if residual is None else residual.astype(mx.float32)
-    for k in range(chosen.shape[1]):
-        e = chosen[:, k]
-        column = wide[:, :, None]
-        hidden = (gate[e] @ column) * mx.sigmoid(gate[e] @ column) * (up[e] @ column)  # [N, I, 1]
-        total = total + weights[:, k, None] * (_plain(routed.down)[e] @ hidden)[..., 0]
+    column = wide[..., None]
+    for k in range(chosen.shape[-1]):
+        e = chosen[..., k]
+        hidden = (gate[e] @ column) * mx.sigmoid(gate[e] @ column) * (up[e] @ column)  # [..., I, 1]
+        total = total + weights[..., k, None] * (_plain(routed.down)[e] @ hidden)[..., 0]
     if shared is not None and share is not None:
         out = swiglu([wide @ _plain(w).T for w in shared.gate_up]) @ _plain(shared.down).T
         total = total + share * out
@@ -96,23 +96,24 @@ def portable(
     share: mx.array | None,
     residual: mx.array | None,
 ) -> mx.array:
-    (tokens, per_token), hidden = chosen.shape, x.shape[-1]
+    *lead, per_token = chosen.shape
+    hidden = x.shape[-1]
     # the CPU's gather_mm knows float32 only; there dense experts are loaded as float32
     dtype = routed.down.dtype if isinstance(routed.down, mx.array) else x.dtype
     ordered = chosen.size >= SORT_FROM
     if ordered:
         flat = chosen.reshape(-1)
         order = mx.argsort(flat)
-        rows, experts = x[order // per_token][:, None, :], flat[order]
+        rows, experts = x.reshape(-1, hidden)[order // per_token][:, None, :], flat[order]
     else:
-        rows, experts = x[:, None, None, :], chosen
+        rows, experts = x[..., None, None, :], chosen
     rows = rows.astype(dtype)
     inner = swiglu([_gathered(rows, w, experts, ordered) for w in routed.gate_up])
     out = _gathered(inner, routed.down, experts, ordered)
     if ordered:
         out = out[mx.argsort(order)]
-    out = out.reshape(tokens, per_token, hidden).astype(mx.float32)
-    total = (weights[:, None, :] @ out)[:, 0]
+    out = out.reshape(*lead, per_token, hidden).astype(mx.float32)
+    total = (weights[..., None, :] @ out)[..., 0, :]
     if shared is not None and share is not None:
         extra = lin.portable(swiglu([lin.portable(x, w) for w in shared.gate_up]), shared.down)
         total = total + share * extra
@@ -136,8 +137,8 @@ def host(
     residual: mx.array | None,
 ) -> mx.array:
     mx.eval(x, chosen, weights)
-    rows, w = borrow(x), borrow(weights).reshape(-1)
-    flat, per_token = np.asarray(chosen).reshape(-1), chosen.shape[1]
+    rows, w = borrow(x).reshape(-1, x.shape[-1]), borrow(weights).reshape(-1)
+    flat, per_token = np.asarray(chosen).reshape(-1), chosen.shape[-1]
     total = np.zeros_like(rows)
     gate_up, down = [borrow_weight(g) for g in routed.gate_up], borrow_weight(routed.down)
     order = np.argsort(flat, kind="stable")
@@ -149,12 +150,12 @@ def host(
             token = pairs // per_token
             total[token] += w[pairs, None] * _host_swiglu(rows[token], [g[e] for g in gate_up], down[e])
     if shared is not None and share is not None:
-        total += borrow(share) * _host_swiglu(
+        total += borrow(share).reshape(-1, 1) * _host_swiglu(
             rows, [borrow_weight(g) for g in shared.gate_up], borrow_weight(shared.down)
         )
     if residual is not None:
-        total += borrow(residual)
-    return mx.array(total)
+        total += borrow(residual).reshape(total.shape)
+    return mx.array(total.reshape(x.shape))
 
 
 # Untuned on hardware: rows that a SIMD-group owns in each launch (of gate and of up; of y); SIMD-groups of a
@@ -174,8 +175,8 @@ INNER = Kernel(
     inputs=("x", *_WEIGHTS, "chosen"),
     outputs=("inner",),
     call="""experts_inner<BITS, GROUP, SHARED, SHARED_BITS, SHARED_GROUP, ROWS>(x, packed, scales, biases,
-    shared_packed, shared_scales, shared_biases, chosen, inner, chosen_shape[1], packed_shape[1] / 2,
-    SHARED ? shared_packed_shape[0] / 2 : 0, x_shape[1], """
+    shared_packed, shared_scales, shared_biases, chosen, inner, PER_TOKEN, packed_shape[1] / 2,
+    SHARED ? shared_packed_shape[0] / 2 : 0, scales_shape[2] * GROUP, """
     + _PLACE,
 )
 
@@ -185,7 +186,7 @@ SUM = Kernel(
     inputs=("inner", *_WEIGHTS, "chosen", "weights", "share", "residual"),
     outputs=("y",),
     call="""experts_sum<BITS, GROUP, SHARED, SHARED_BITS, SHARED_GROUP, ROWS, RESIDUAL>(inner, packed, scales, biases,
-    shared_packed, shared_scales, shared_biases, chosen, weights, share, residual, y, chosen_shape[1],
+    shared_packed, shared_scales, shared_biases, chosen, weights, share, residual, y, PER_TOKEN,
     scales_shape[2] * GROUP, SHARED ? shared_scales_shape[1] * SHARED_GROUP : 0, packed_shape[1], """
     + _PLACE,
 )
@@ -201,16 +202,16 @@ def _launch(
     blocks: int,
     template: dict[str, int | bool],
 ) -> mx.array:
-    """One kernel over `blocks` SIMD-groups per token of x -> [N, columns]."""
+    """One kernel over `blocks` SIMD-groups per token of x -> [..., columns]."""
     # a kernel always gets all of its inputs: where there is no shared expert the routed ones stand in, untouched
     other = routed if shared is None else shared
     assert isinstance(routed, QuantizedArray) and isinstance(other, QuantizedArray)
-    threads = 32 * SIMDGROUPS
+    threads, tokens = 32 * SIMDGROUPS, x.size // x.shape[-1]
     (y,) = kernel(
         [x, *routed.arrays, *other.arrays, *rest],
-        shapes=[(x.shape[0], columns)],
+        shapes=[(*x.shape[:-1], columns)],
         dtypes=[x.dtype],
-        grid=(-(-blocks // SIMDGROUPS) * threads, x.shape[0], 1),
+        grid=(-(-blocks // SIMDGROUPS) * threads, tokens, 1),
         threadgroup=(threads, 1, 1),
         template={
             "BITS": routed.spec.bits,
@@ -234,7 +235,7 @@ def metal(
     share: mx.array | None,
     residual: mx.array | None,
 ) -> mx.array:
-    per_token, hidden = chosen.shape[1], x.shape[1]
+    per_token, hidden = chosen.shape[-1], x.shape[-1]
     gate_up, down = (None, None) if shared is None else (shared.gate_up[0], shared.down)
     width, extra = _rows(routed.gate_up[0]) // 2, _rows(gate_up) // 2
     inner = _launch(
@@ -245,7 +246,7 @@ def metal(
         [chosen],
         per_token * width + extra,
         per_token * -(-width // INNER_ROWS) + -(-extra // INNER_ROWS),
-        {"ROWS": INNER_ROWS},
+        {"ROWS": INNER_ROWS, "PER_TOKEN": per_token},
     )
     return _launch(
         SUM,
@@ -255,7 +256,7 @@ def metal(
         [chosen, weights, weights if share is None else share, x if residual is None else residual],
         hidden,
         -(-hidden // SUM_ROWS),
-        {"ROWS": SUM_ROWS, "RESIDUAL": residual is not None},
+        {"ROWS": SUM_ROWS, "PER_TOKEN": per_token, "RESIDUAL": residual is not None},
     )
 
 
@@ -283,7 +284,7 @@ def supports(
     share: mx.array | None,
     residual: mx.array | None,
 ) -> bool:
-    return 0 < chosen.shape[0] <= MOST_TOKENS and _affine(routed) and (shared is None or _affine(shared))
+    return 0 < x.size <= MOST_TOKENS * x.shape[-1] and _affine(routed) and (shared is None or _affine(shared))
 
 
 experts = Op(

@@ -54,7 +54,7 @@ def metal(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 
 def supports(x: mx.array, weight: mx.array, eps: float) -> bool:
     # a shorter weight would come in `constant` address space
-    return x.size > 0 and weight.size >= 8
+    return x.size > 0 and weight.size >= 8 and weight.dtype == mx.float32
 
 
 rms_norm = Op("rms_norm", reference=reference, portable=portable, metal=metal, supports=supports)

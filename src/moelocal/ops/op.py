@@ -59,6 +59,13 @@ def force(form: str) -> Iterator[None]:
         _forced = before
 
 
+def setting() -> Hashable:
+    """What the forms of ops depend on besides their arguments: a traced function has those of one setting."""
+    form = forced()
+    chosen = choice.current() if form == "auto" and device.available() else None
+    return form, chosen, device.executor()
+
+
 def on_cpu() -> bool:
     """Whether MLX computes on the CPU device."""
     return bool(mx.default_device() == mx.cpu)

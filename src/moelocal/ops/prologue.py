@@ -73,9 +73,6 @@ def reference(
     return turned(q, weights.q_norm), mx.concatenate(stored)
 
 
-_KEYS_FIRST: Final = mx.array([True, False]).reshape(2, 1, 1, 1, 1)
-
-
 def portable(
     q: mx.array, k: mx.array, v: mx.array, offset: int | mx.array, weights: PrologueWeights
 ) -> Result:
@@ -90,7 +87,8 @@ def portable(
     dtype = q.dtype
     q, k, v = _heads(q, k, v, weights.spec)
     # where it is compiled one kernel with the rounding of the keys; a concatenation would be two more
-    stored = mx.where(_KEYS_FIRST, turned(k, weights.k_norm)[None], v.swapaxes(1, 2)[None]).astype(dtype)
+    keys_first = mx.array([True, False]).reshape(2, 1, 1, 1, 1)
+    stored = mx.where(keys_first, turned(k, weights.k_norm)[None], v.swapaxes(1, 2)[None]).astype(dtype)
     return turned(q, weights.q_norm).astype(dtype), stored.reshape(-1, *stored.shape[2:])
 
 

@@ -4,8 +4,8 @@ The K experts with the largest logits are chosen, ties to the lower index (the l
 that rounds different logits to one probability). Their weights are p = softmax(logits) over all E, or, if `normalize`,
 p divided by its sum over the chosen (Qwen3.5/3.6 always; `norm_topk_prob` elsewhere).
 
-logits [N, E], or with `shared` [N, E + 1] whose last column is the gate s of the shared expert
--> chosen uint32 [N, K] by falling weight, weights float32 [N, K], share = σ(s) float32 [N, 1] or None.
+logits [..., E], or with `shared` [..., E + 1] whose last column is the gate s of the shared expert
+-> chosen uint32 [..., K] by falling weight, weights float32 [..., K], share = σ(s) float32 [..., 1] or None.
 
 A NaN ranks below every number, and makes NaN of the weights that it enters: all if not `normalize`, else those of a
 token that has fewer than K numbers. The chosen are distinct experts even then.
@@ -27,17 +27,18 @@ MOST_EXPERTS = 512
 def _parts(logits: mx.array, shared: bool) -> tuple[mx.array, mx.array | None]:
     """The experts' logits in float32, and the share."""
     logits = logits.astype(mx.float32)
-    return (logits[:, :-1], mx.sigmoid(logits[:, -1:])) if shared else (logits, None)
+    return (logits[..., :-1], mx.sigmoid(logits[..., -1:])) if shared else (logits, None)
 
 
 def reference(logits: mx.array, per_token: int, normalize: bool, shared: bool) -> Result:
     logits, share = _parts(logits, shared)
     index, nan = mx.arange(logits.shape[-1]), mx.isnan(logits)
     # experts that come before expert j: those with a larger logit, or with an equal one and a lower index
-    larger = (logits[:, :, None] > logits[:, None, :]) | (~nan[:, :, None] & nan[:, None, :])
-    equal = (logits[:, :, None] == logits[:, None, :]) | (nan[:, :, None] & nan[:, None, :])
-    rank = mx.sum(larger | (equal & (index[:, None] < index)), axis=1)
-    chosen = mx.argmin(mx.abs(rank[:, None, :] - mx.arange(per_token)[:, None]), axis=-1)
+    left, right = logits[..., :, None], logits[..., None, :]
+    larger = (left > right) | (~nan[..., :, None] & nan[..., None, :])
+    equal = (left == right) | (nan[..., :, None] & nan[..., None, :])
+    rank = mx.sum(larger | (equal & (index[:, None] < index)), axis=-2)
+    chosen = mx.argmin(mx.abs(rank[..., None, :] - mx.arange(per_token)[:, None]), axis=-1)
     if normalize:  # the softmax over the chosen alone is the softmax over all of them, renormalised
         weights = mx.softmax(mx.take_along_axis(logits, chosen, axis=-1), axis=-1, precise=True)
     else:
@@ -47,7 +48,7 @@ def reference(logits: mx.array, per_token: int, normalize: bool, shared: bool) -
 
 def portable(logits: mx.array, per_token: int, normalize: bool, shared: bool) -> Result:
     logits, share = _parts(logits, shared)
-    chosen = mx.argsort(-logits, axis=-1)[:, :per_token]
+    chosen = mx.argsort(-logits, axis=-1)[..., :per_token]
     scores = logits if normalize else mx.softmax(logits, axis=-1, precise=True)
     weights = mx.take_along_axis(scores, chosen, axis=-1)
     return chosen, mx.softmax(weights, axis=-1, precise=True) if normalize else weights, share
@@ -58,20 +59,22 @@ ROUTE = Kernel(
     file="route",
     inputs=("logits",),
     outputs=("chosen", "weights", "share"),
-    call="""route<SLOTS, NORMALIZE, SHARED>(logits, chosen, weights, share, logits_shape[1] - SHARED, PER_TOKEN,
+    call="""route<SLOTS, NORMALIZE, SHARED>(logits, chosen, weights, share, EXPERTS, PER_TOKEN,
     threadgroup_position_in_grid.x, thread_index_in_simdgroup);""",
 )
 
 
 def metal(logits: mx.array, per_token: int, normalize: bool, shared: bool) -> Result:
-    tokens, count = logits.shape[0], logits.shape[1] - shared
+    *lead, columns = logits.shape
+    count, tokens = columns - shared, logits.size // columns
     chosen, weights, share = ROUTE(
         [logits.astype(mx.float32)],
-        shapes=[(tokens, per_token), (tokens, per_token), (tokens, 1)],
+        shapes=[(*lead, per_token), (*lead, per_token), (*lead, 1)],
         dtypes=[mx.uint32, mx.float32, mx.float32],
         grid=(tokens * 32, 1, 1),
         threadgroup=(32, 1, 1),
         template={
+            "EXPERTS": count,
             "SLOTS": -(-count // 32),
             "PER_TOKEN": per_token,
             "NORMALIZE": normalize,
@@ -82,7 +85,7 @@ def metal(logits: mx.array, per_token: int, normalize: bool, shared: bool) -> Re
 
 
 def supports(logits: mx.array, per_token: int, normalize: bool, shared: bool) -> bool:
-    count = logits.shape[1] - shared
+    count = logits.shape[-1] - shared
     return logits.size >= 8 and per_token <= min(32, count) and count <= MOST_EXPERTS
 
 

@@ -1,4 +1,4 @@
-"""The router's logits in float32: y = x Wᵀ, for x [N, H] in the compute dtype -> [N, rows] float32.
+"""The router's logits in float32: y = x Wᵀ, for x [..., H] in the compute dtype -> [..., rows] float32.
 
 Rounding them to bfloat16 changes which experts are chosen (reference: float32 router, modeling_qwen3_5_moe.py).
 """
@@ -71,7 +71,7 @@ ROUTER = Kernel(
     file="router",
     inputs=("x", "packed", "scales", "biases"),
     outputs=("y",),
-    call="""router<BITS, GROUP, ROWS>(x, packed, scales, biases, y, packed_shape[0], x_shape[1],
+    call="""router<BITS, GROUP, ROWS>(x, packed, scales, biases, y, packed_shape[0], scales_shape[1] * GROUP,
     threadgroup_position_in_grid.y, threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup,
     thread_index_in_simdgroup);""",
 )
@@ -80,10 +80,10 @@ ROUTER = Kernel(
 def metal(x: mx.array, weights: RouterWeights) -> mx.array:
     assert weights.stored is not None
     packed, spec = weights.stored, weights.stored.spec
-    tokens, rows, threads = x.shape[0], packed.weight.shape[0], 32 * SIMDGROUPS
+    tokens, rows, threads = x.size // x.shape[-1], packed.weight.shape[0], 32 * SIMDGROUPS
     (y,) = ROUTER(
         [x, *packed.arrays],
-        shapes=[(tokens, rows)],
+        shapes=[(*x.shape[:-1], rows)],
         dtypes=[mx.float32],
         grid=(-(-rows // (ROWS * SIMDGROUPS)) * threads, tokens, 1),
         threadgroup=(threads, 1, 1),
@@ -93,8 +93,9 @@ def metal(x: mx.array, weights: RouterWeights) -> mx.array:
 
 
 def supports(x: mx.array, weights: RouterWeights) -> bool:
+    few = 0 < x.size <= MOST_TOKENS * x.shape[-1]
     # fewer scales would come in `constant` address space
-    return weights.stored is not None and 0 < x.shape[0] <= MOST_TOKENS and weights.stored.scales.size >= 8
+    return weights.stored is not None and few and weights.stored.scales.size >= 8
 
 
 router = Op(

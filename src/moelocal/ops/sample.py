@@ -116,7 +116,7 @@ def nucleus_floor(x: mx.array, top_p: float) -> mx.array:
 
 # Not tuned on hardware: values of x that a lane holds in registers, more for a vocabulary over 2^18.
 VALUES_PER_LANE: Final = 8
-_MOST_PER_LANE: Final = 32
+_MOST_PER_LANE: Final = 16
 _MOST_RANKS: Final = 64  # a list per simdgroup fits into threadgroup memory
 _NUCLEUS_LAUNCHES: Final = 7  # 31 bits, 5 a launch
 
@@ -216,7 +216,7 @@ def metal(x: mx.array, noise: mx.array, top_k: int, top_p: float, min_p: float) 
         dtypes=[mx.int32],
         grid=(32, 1, 1),
         threadgroup=(32, 1, 1),
-        template={"K": template["K"]},
+        template={"K": top_k} if ranked else {},
     )
     return token
 
