@@ -58,7 +58,7 @@ def run_counted(side: str, raw: dict[str, Any], context: int) -> dict[str, Any]:
     from moelocal.config import ModelConfig
 
     graph = traced(side, raw, context)
-    found = count(graph, ModelConfig.parse(raw))
+    found = count(graph, ModelConfig.parse(raw), context)
     return {
         "blocks": {name: asdict(block) for name, block in found.blocks.items()},
         "launches": found.launches,

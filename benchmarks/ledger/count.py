@@ -67,8 +67,8 @@ class Count:
         return sum(block.weights + block.caches for block in self.blocks.values())
 
 
-def count(graph: Graph, config: ModelConfig) -> Count:
-    """Count a step of a model."""
+def count(graph: Graph, config: ModelConfig, context: int) -> Count:
+    """Count a step of a model behind `context` tokens."""
     device = Device(graph)
     blocks = {name: Block() for name in BLOCKS}
     names = _block_names(graph)
@@ -77,7 +77,7 @@ def count(graph: Graph, config: ModelConfig) -> Count:
         block.launches += len(launch.kernels)
         for kernel in map(_short, launch.kernels):
             block.kernels[kernel] = block.kernels.get(kernel, 0) + 1
-        _traffic(launch, block, device, config)
+        _traffic(launch, block, device, config, context)
     for array in graph.outputs[graph.results :]:
         source = _source(array)
         if source is not None and source.name != "Held":
@@ -111,9 +111,10 @@ def _kind(array: Array) -> str:
     return "caches" if node.name == "Held" else "activations"
 
 
-def _traffic(launch: Launch, block: Block, device: Device, config: ModelConfig) -> None:
+def _traffic(launch: Launch, block: Block, device: Device, config: ModelConfig, context: int) -> None:
     """Each kernel reads an input once, however often it is given, and writes its outputs once. Of tables it reads rows:
-    of an embedding those of the tokens, of stacked experts the chosen ones."""
+    of an embedding those of the tokens, of stacked experts the chosen ones, and our attention kernel of a cache those
+    that are filled."""
     node = launch.node
     experts = next((layer.mlp for layer in config.layers if isinstance(layer.mlp, MoESpec)), None)
     for position, array in enumerate(dict.fromkeys(node.inputs)):
@@ -129,6 +130,8 @@ def _traffic(launch: Launch, block: Block, device: Device, config: ModelConfig) 
             experts and len(array.shape) == 3 and array.shape[0] == experts.experts and _source(array) is None
         ):
             size = size * experts.per_token // experts.experts
+        elif launch.kernels[0].startswith("moelocal_attend_block") and _kind(array) == "caches":
+            size = size * (context + 1) // array.shape[2]
         kind = _kind(array)
         setattr(block, kind, getattr(block, kind) + size)
     for array in node.outputs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import mlx.core as mx
 import pytest
@@ -50,3 +50,17 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
             yield
     finally:
         mx.enable_compile()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Function) -> Generator[None]:
+    """A test that would pass in the simulator without a kernel, as an op falls back silently, fails; one that is about
+    falling back fails with a kernel."""
+    before = offmetal.launches().total()
+    yield
+    if item.callspec.params["runner"] == "simulator":
+        launches = offmetal.launches().total() - before
+        if item.get_closest_marker("falls_back"):
+            assert launches == 0, f"{launches} launches, though no kernel takes these arguments"
+        else:
+            assert launches > 0, "no kernel was launched: the portable form answered in its place"
