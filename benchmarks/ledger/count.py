@@ -174,7 +174,7 @@ def _named(path: tuple[str, ...]) -> str:
     for place in places:
         if place in ("DeltaNet", "GatedDeltaNet", "Qwen3NextGatedDeltaNet"):
             return "delta net"
-        if place in ("Attention", "Qwen3NextAttention"):
+        if place in ("Attention", "AttentionCache", "Qwen3NextAttention"):
             return "attention"
         if place in ("MoE", "Qwen3NextSparseMoeBlock", "Qwen3MoeSparseMoeBlock"):
             return "feed-forward"

@@ -20,6 +20,7 @@ import numpy as np
 from ledger.graph import Graph
 from ledger.trace import as_on_metal, forget, hold, named, region, trace
 from moelocal import metal
+from moelocal.cache import AttentionCache
 from moelocal.config import ModelConfig
 from moelocal.engine.sampling import Sampler, Sampling
 from moelocal.formats import QuantizedArray, QuantSpec, Weight, arrays_of
@@ -203,6 +204,7 @@ def traced(side: str, raw: Mapping[str, Any], context: int) -> Graph:
 def our_methods() -> list[tuple[type, str]]:
     """The methods whose calls are told apart in a trace of `Ours`."""
     found: list[tuple[type, str]] = [(Decoder, "embed"), (Decoder, "logits"), (Sampler, "__call__")]
+    found.append((AttentionCache, "append"))
     for owner in (Block, Attention, DeltaNet, MoE, Dense):
         found += [
             (owner, name)
