@@ -13,7 +13,7 @@ test:
 	$(BIN)/pytest
 
 parity:
-	$(BIN)/pytest -m 'slow or parity' -n 2
+	$(BIN)/pytest -m '(slow or parity) and not metal' -n 2
 
 check:
 	$(BIN)/ruff check .

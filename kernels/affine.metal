@@ -6,6 +6,7 @@
 // Numerics  float32: scale * sum(q * x) + bias * sum(x) for the columns of a lane. The codes are masked, not shifted;
 //           the power of two that is left in them is taken out of x beforehand, which is exact.
 // Traffic   every 16-bit word of a row is read once, by one lane; a scale and a bias by the lanes of their group.
+// Divides   GROUP divides cols; the run of a lane divides 32, hence GROUP.
 
 // Columns that a lane takes at a time: whole 16-bit words.
 template <int BITS>

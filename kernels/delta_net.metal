@@ -3,15 +3,15 @@
 //
 // Shapes    u [B, TIME, C] with C = 2 HK DK + HV DV (queries, keys, values), z [B, TIME, HV DV], b, a [B, TIME, HV],
 //           conv [B, WIDTH - 1, C], all in T; state [B, HV, DV, DK] float32; these six of any strides. Row-contiguous:
-//           taps [WIDTH, C] of any float type; decay, dt_bias [HV], norm [DV] float32. Out: y [B, TIME, HV DV] in T, and the conv rows
-//           and the state after the last position, or (EVERY) conv [B, TIME, WIDTH - 1, C] and state
+//           taps [WIDTH, C] of any float type; decay, dt_bias [HV], norm [DV] float32. Out: y [B, TIME, HV DV] in T,
+//           and the conv rows and the state after the last position, or (EVERY) conv [B, TIME, WIDTH - 1, C] and state
 //           [B, TIME, HV, DV, DK] after every position.
 // Threads   one threadgroup of SIMDGROUPS * 32 per value head and batch row: the gated norm needs all DV of a head.
 //           LANES neighbours share a row of the state; a thread owns ROWS rows, GROUPS apart, and in each of them
 //           COLUMNS columns, runs of four that are 4 * LANES apart. It holds them in registers from the first position
 //           to the last. Convolution and both norms: one simdgroup per vector.
 // Numerics  float32 from the convolution to y, which is rounded once. Every product that is added to something is an
-//           explicit fma, so that a position gives the same bits whether it comes alone or among others.
+//           explicit fma (but in MLX's log1p), so that a position gives the same bits alone and among others.
 // Traffic   reads the state once and writes it once (EVERY: TIME times); y, z, b, a and the new conv rows once. Queries
 //           and keys of u, conv and taps are read by each of the HV / HK value heads that share them and written by the
 //           first; TIME positions read a row of u up to WIDTH times, from caches.

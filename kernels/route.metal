@@ -8,6 +8,7 @@
 // Numerics  float32. Logits are ranked as unsigned keys of the same order (-0 and 0 equal, NaN lowest), the lowest
 //           index first among equal ones. NORMALIZE: softmax over the chosen; else over all E.
 // Traffic   reads each logit once, writes 2K + 1 words a token.
+// Divides   nothing has to: lanes behind the last expert hold none.
 
 // Ascending with the number; 0 for NaN, which `route_value` gives back.
 METAL_FUNC uint route_key(float value) {

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, settings
 # assertions in these modules are explained as those in tests are
 pytest.register_assert_rewrite("damage", "parity.ours")
 
+pytest_plugins = ["offmetal.pytest_plugin"]
+
 # The light run is the same on every machine; `--hypothesis-profile=explore` searches on from a new seed.
 settings.register_profile(
     "light",

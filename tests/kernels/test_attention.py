@@ -3,6 +3,9 @@ lie beside the queries, a cache that grows."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+
 import mlx.core as mx
 import pytest
 
@@ -15,7 +18,7 @@ from moelocal.ops.op import force
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_layer_gives_what_the_portable_forms_give(batch: int):
+def test_a_layer_gives_what_the_portable_forms_give(batch: int, launched: Callable[[], Counter[str]]):
     decoder = moelocal.load().decoder
     layers = [block.mixer for block in decoder.blocks if isinstance(block.mixer, Attention)]
     for layer in (layers[0], layers[-1]):
@@ -30,3 +33,5 @@ def test_a_layer_gives_what_the_portable_forms_give(batch: int):
             assert relative_error(*outputs) < 1e-5
             position += time
         assert caches["metal"].length == position
+    # 250 positions at once are too many for `attend`
+    assert launched() == {"prologue": 2 * 6, "attend_block": 2 * 5, "attend_combine": 2 * 5}

@@ -226,6 +226,7 @@ def test_flagship_traffic():
     assert down["inner"]["read"] == hidden // 2 * between
 
 
+@pytest.mark.falls_back
 def test_what_the_kernel_does_not_take_goes_elsewhere():
     spec = QuantSpec(4, 32)
     x, routed, chosen, weights, _, _, residual = case(spec, hidden=64, width=32)

@@ -28,6 +28,7 @@ def importance_of(cols: int) -> mx.array:
 
 
 def compare(weights: mx.array, spec: QuantSpec, importance: mx.array | None, dtype: mx.Dtype) -> None:
+    assert group_search.supports(weights, spec, importance, dtype)
     got = group_search(weights, spec, importance, dtype)
     assert same_bits(got, group_search.portable(weights, spec, importance, dtype))
 
@@ -87,6 +88,7 @@ def test_flushed_subnormal_numbers_do_not_show(spec: QuantSpec):
     for dtype in DTYPES:
         expected = group_search.portable(weights, spec, importance, dtype)
         mx.eval(expected.arrays)
+        assert group_search.supports(weights, spec, importance, dtype)
         with flushing():
             shape = {"output_shapes": [(1,)], "output_dtypes": [mx.float32], "grid": (1, 1, 1)}
             (halved,) = probe(inputs=[mx.full((8,), 1.2e-38)], threadgroup=(1, 1, 1), **shape)
@@ -149,6 +151,7 @@ def test_every_weight_is_read_once_and_every_result_written_once(bits: int):
     assert traffic["scales"]["written"] == traffic["biases"]["written"] == 2 * groups
 
 
+@pytest.mark.falls_back
 def test_what_the_kernel_leaves_to_the_portable_form():
     weights = mx.zeros((2, 64))
     assert group_search.supports is not None

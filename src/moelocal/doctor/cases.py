@@ -1,7 +1,9 @@
 """What is measured: one row per op and shape, as a decode step of a model calls it, on random values.
 
 A `Case` gives the arguments of the calls of a chain. Each call reads what the one before wrote, as in a model, so that
-kernels cannot overlap; weights and states are other ones with every call, so that they come from memory.
+kernels cannot overlap. Experts, routers, recurrent states and caches are other ones with every call, as they are with
+every layer. At the sizes of the flagship those of a chain come to 1 GB, 36 MB, 270 MB, and what `BEYOND_CACHES` says:
+all but routers and short contexts are more than the caches of a chip hold, and come from memory.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any, Final
 
 import mlx.core as mx
 
+from moelocal.cache.layers import STEP
 from moelocal.config import AttentionSpec, DeltaNetSpec, MoESpec
 from moelocal.doctor.shapes import QUANTIZED, Experts, Shapes, random_block, random_router
 from moelocal.formats import QuantizedArray, Weight
@@ -34,10 +37,11 @@ LENGTH: Final = 64
 """Calls in a chain: enough that starting and waiting for the device weighs little."""
 
 CONTEXTS: Final = tuple(1 << bits for bits in range(8, 19))
-"""Keys in the cache that attention is measured with: the size classes of 256 to 262,144."""
+"""Keys that the buffer of a cache has room for when attention is measured: the size classes of 256 to 262,144."""
 
 BEYOND_CACHES: Final = 1 << 28
-"""Bytes of keys and values that a chain goes through: more than the caches of a chip hold."""
+"""Bytes of keys and values after which a chain starts over: more than the caches of a chip hold. A short context does
+not get there: every call has its own, and all of them (32 MB for 256 keys of the flagship) may stay near the chip."""
 
 DRAFT: Final = 4
 """Positions that a speculative step verifies at once."""
@@ -149,25 +153,28 @@ def _attend(spec: AttentionSpec, dtype: mx.Dtype, keys: int, length: int) -> Cas
     q = _normal(1, spec.heads, 1, spec.head_dim, dtype=dtype)
     gate = _normal(1, 1, spec.heads, spec.head_dim, dtype=dtype) if spec.gated else None
     nbytes = 2 * spec.kv_heads * keys * spec.head_dim * dtype.size
-    caches = [  # as the cache of a layer hands them out: the used part of a longer buffer
-        [_normal(1, spec.kv_heads, keys + 256, spec.head_dim, dtype=dtype)[:, :, :keys] for _ in range(2)]
+    # as a step gets them: the whole buffer of a cache, filled but for half of what it grows by
+    buffers = [
+        _normal(2, spec.kv_heads, keys, spec.head_dim, dtype=dtype)
         for _ in range(min(length, -(-BEYOND_CACHES // nbytes)))
     ]
+    room = STEP // 2
+    filled, scale = mx.array(keys - room), 1 / math.sqrt(spec.head_dim)
 
     def step(i: int, last: Any) -> tuple[Any, ...]:
-        k, v = caches[i % len(caches)]
-        return q if last is None else last.reshape(q.shape), k, v, 1 / math.sqrt(spec.head_dim), None, gate
+        k, v = mx.split(buffers[i % len(buffers)], 2)
+        return q if last is None else last.reshape(q.shape), k, v, scale, None, gate, filled
 
     def expected() -> Any:
-        (k, v), parts, ratio = caches[0], [], spec.heads // spec.kv_heads
+        (k, v), parts, ratio = mx.split(buffers[0], 2), [], spec.heads // spec.kv_heads
         for head in range(spec.heads):  # the reference has every key in float32 for every head
             own, its = slice(head, head + 1), slice(head // ratio, head // ratio + 1)
             gated = None if gate is None else gate[:, :, own]
-            parts.append(attend.reference(q[:, own], k[:, its], v[:, its], step(0, None)[3], None, gated))
+            parts.append(attend.reference(q[:, own], k[:, its], v[:, its], scale, None, gated, filled))
             mx.eval(parts[-1])
         return mx.concatenate(parts, axis=-1)
 
-    return Case(attend, f"1 token, {keys} keys", step, length, expected=expected)
+    return Case(attend, f"1 token, {keys} keys", step, length, nbytes * room // keys, expected=expected)
 
 
 def _route(spec: MoESpec, length: int) -> Case:
@@ -198,21 +205,22 @@ def _format(weight: Weight) -> str:
 
 def _experts(spec: MoESpec, kind: Experts, hidden: int, dtype: mx.Dtype, length: int) -> Case:
     x, residual = _normal(1, 1, hidden, dtype=dtype), _normal(1, 1, hidden, dtype=dtype)
-    routed, shared = random_block(kind.routed), None if kind.shared is None else random_block(kind.shared)
-    # every call other experts, until all were used
+    routed = random_block(kind.routed)
+    # every call another shared expert and other routed ones, until all were used
     calls = [
         (
             (mx.arange(i * spec.per_token, (i + 1) * spec.per_token)[None, None] % spec.experts).astype(
                 mx.uint32
             ),
             mx.softmax(_normal(1, 1, spec.per_token), axis=-1),
-            None if shared is None else mx.sigmoid(_normal(1, 1, 1)),
+            None if kind.shared is None else random_block(kind.shared),
+            None if kind.shared is None else mx.sigmoid(_normal(1, 1, 1)),
         )
         for i in range(length)
     ]
 
     def step(i: int, last: Any) -> tuple[Any, ...]:
-        chosen, weights, share = calls[i]
+        chosen, weights, shared, share = calls[i]
         return x if last is None else last, routed, chosen, weights, shared, share, residual
 
     def expected() -> Any:

@@ -13,8 +13,8 @@ import mlx.core as mx
 
 import moelocal.ops
 from moelocal import hub, machine, metal
-from moelocal.doctor.cases import cases
-from moelocal.doctor.measure import Agreement, agreement, speed, supported, tune
+from moelocal.doctor.cases import Case, cases
+from moelocal.doctor.measure import Agreement, agreement, one_line, speed, supported, tune
 from moelocal.doctor.shapes import Shapes, flagship, of_checkpoint
 from moelocal.errors import ConfigError, NumericsError, RequestError
 from moelocal.ops import choice
@@ -71,8 +71,9 @@ def all_ops() -> Iterator[Op[..., Any]]:
 
 
 def explain() -> None:
-    """Print machine, record, and the form of every op with the reason."""
-    stamp, entries, trouble = Stamp.here(), None, ""
+    """Print machine, record, and the form of every op with the reason. Raises `RequestError` for a bad
+    `MOELOCAL_OPS`, before anything is printed."""
+    override, stamp, entries, trouble = forced(), Stamp.here(), None, ""
     try:
         entries = choice.read(stamp)
     except ConfigError as error:
@@ -84,7 +85,7 @@ def explain() -> None:
     print(f"MLX       {stamp.mlx}, computes on the {mx.default_device().type.name} ({device})")
     print(f"Metal     {'yes' if metal.available() else 'no: stock MLX and host forms are used'}")
     print(f"buffers   {_buffers(stamp.chip)}")
-    print(f"forms     MOELOCAL_OPS={forced()}")
+    print(f"forms     MOELOCAL_OPS={override}")
     if trouble:
         print(f"record    ignored: {trouble}")
     elif entries is None and not metal.available():
@@ -140,55 +141,80 @@ def _measured(entry: Entry) -> str:
 
 
 def tune_machine(shapes: Shapes) -> None:
-    """Measure, print, and write the record. Raises `RequestError` without Metal, `ConfigError` if it cannot be written,
-    `NumericsError`, after the record was written, if a kernel is wrong."""
+    """Measure, and write the record after every case: what was measured stays, whatever comes then. Raises
+    `RequestError` without Metal, `ConfigError` if the record cannot be written; at the end, `NumericsError` if a kernel
+    is wrong, `RequestError` if a case could not be measured. Of that one the record says what it said before."""
     _require_metal("--tune")
-    stamp = Stamp.here()
+    stamp, written = Stamp.here(), False
     try:
         known = choice.read(stamp) or ()
     except ConfigError as error:
         print(f"{error}; replaced")
         known = ()
-    entries, wrong = {(entry.op, entry.shapes): entry for entry in known}, []
+    entries, wrong, failed = {(entry.op, entry.shapes): entry for entry in known}, [], []
     print(f"{'op':<17} {'case':<24} {'portable':>10} {'metal':>10} {'ratio':>6}  kept")
-    for entry, found in tune(cases(shapes)):
-        entries[entry.op, entry.shapes] = entry
-        if entry.portable_seconds is None or entry.metal_seconds is None or entry.ratio is None:
-            wrong.append(f"{entry.op} ({entry.case})")
-            print(f"{entry.op:<17} {entry.case:<24} WRONG: {_fault(found)}")
-            continue
-        times = f"{entry.portable_seconds * 1e6:>7.1f} us {entry.metal_seconds * 1e6:>7.1f} us"
-        kept = "yes" if entry.form == "metal" else "no"
-        print(f"{entry.op:<17} {entry.case:<24} {times} {entry.ratio:>6.2f}  {kept}")
-    choice.write(stamp, entries.values())
-    print(f"written to {stamp.file}")
-    _refuse(wrong)
+    try:
+        for case in filter(supported, cases(shapes)):
+            row = f"{case.op.name:<17} {case.name:<24}"
+            try:
+                entry, found = tune(case)
+            except (RuntimeError, MemoryError) as error:  # what MLX raises
+                failed.append(case)
+                print(f"{row} not measured: {one_line(error)}")
+                continue
+            entries[entry.op, entry.shapes] = entry
+            choice.write(stamp, entries.values())
+            written = True
+            if entry.portable_seconds is None or entry.metal_seconds is None or entry.ratio is None:
+                wrong.append(case)
+                print(f"{row} WRONG: {_fault(found)}")
+                continue
+            times = f"{entry.portable_seconds * 1e6:>7.1f} us {entry.metal_seconds * 1e6:>7.1f} us"
+            print(f"{row} {times} {entry.ratio:>6.2f}  {'yes' if entry.form == 'metal' else 'no'}")
+    except KeyboardInterrupt:
+        if written:
+            print(f"\nstopped; what was measured is in {stamp.file}")
+        raise
+    if written:
+        print(f"written to {stamp.file}")
+    _refuse(wrong, failed)
 
 
 def check_kernels(shapes: Shapes) -> None:
-    """Run every kernel against its reference. Raises `RequestError` without Metal, `NumericsError` if one is wrong."""
+    """Run every kernel against its reference. Raises `RequestError` without Metal; at the end, `NumericsError` if a
+    kernel is wrong, `RequestError` if a case could not be measured."""
     _require_metal("--kernels")
-    wrong = []
+    wrong, failed = [], []
     print(f"{'op':<17} {'case':<24} {'':<5} {'error':>9} {'allowed':>9} {'GB/s':>7}")
-    for case in cases(shapes):
-        if not supported(case):
+    for case in filter(supported, cases(shapes)):
+        row = f"{case.op.name:<17} {case.name:<24}"
+        try:
+            found = agreement(case)
+            rate = speed(case).gigabytes_per_second if found.right else 0.0
+        except (RuntimeError, MemoryError) as error:  # what MLX raises
+            failed.append(case)
+            print(f"{row} not measured: {one_line(error)}")
             continue
-        found = agreement(case)
         if found.right:
-            rate = speed(case).gigabytes_per_second
-            print(
-                f"{case.op.name:<17} {case.name:<24} pass  {found.error:>9.1e} {found.bound:>9.1e} {rate:>7.1f}"
-            )
+            print(f"{row} pass  {found.error:>9.1e} {found.bound:>9.1e} {rate:>7.1f}")
         else:
-            wrong.append(f"{case.op.name} ({case.name})")
-            print(f"{case.op.name:<17} {case.name:<24} FAIL  {_fault(found)}")
-    _refuse(wrong)
+            wrong.append(case)
+            print(f"{row} FAIL  {_fault(found)}")
+    _refuse(wrong, failed)
 
 
 def _fault(found: Agreement) -> str:
     return found.problem or f"differs from the reference by {found.error:.1e}, allowed {found.bound:.1e}"
 
 
-def _refuse(wrong: list[str]) -> None:
+def _refuse(wrong: list[Case], failed: list[Case]) -> None:
+    missing = f"could not be measured: {_names(failed)}"
     if wrong:
-        raise NumericsError(f"wrong on this machine and not used: {', '.join(wrong)}; please report this")
+        text = f"wrong on this machine and not used: {_names(wrong)}; please report this"
+        raise NumericsError(f"{text}; {missing}" if failed else text)
+    if failed:
+        raise RequestError(missing)
+
+
+def _names(of: list[Case]) -> str:
+    return ", ".join(f"{case.op.name} ({case.name})" for case in of)

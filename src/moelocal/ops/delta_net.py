@@ -257,8 +257,8 @@ def supports(
     weights: DeltaNetWeights,
 ) -> bool:
     """Up to `MOST` positions without padding, one compute dtype. Dv from 8 (shorter arrays of values would lie in
-    constant memory) to 256 (threadgroup memory); any Dk, as long as the matrix fits `OWNED`: 128 x 128 does, 256 x 64,
-    and 64 x 256 too."""
+    constant memory) to 256 (no checkpoint has more); any Dk, as long as the matrix fits `OWNED`: 128 x 128 does,
+    256 x 64 and 64 x 256 too."""
     _, rows, columns = _geometry(weights.spec)
     return (
         valid is None

@@ -15,6 +15,7 @@ import numpy as np
 from moelocal.formats import QuantizedArray, Weight, arrays_of
 from moelocal.metal import Kernel
 from moelocal.ops import linear as lin
+from moelocal.ops.geometry import ROWS
 from moelocal.ops.host import Host, borrow, borrow_weight, many_rows, silu
 from moelocal.ops.op import Op
 
@@ -158,9 +159,8 @@ def host(
     return mx.array(total.reshape(x.shape))
 
 
-# Untuned on hardware: rows that a SIMD-group owns in each launch (of gate and of up; of y); SIMD-groups of a
-# threadgroup
-INNER_ROWS, SUM_ROWS, SIMDGROUPS = 2, 2, 2
+# Untuned on hardware: rows that a simdgroup owns in each launch (of gate and of up; of y); simdgroups of a threadgroup
+INNER_ROWS, SUM_ROWS, SIMDGROUPS = ROWS, ROWS, 2
 
 MOST_TOKENS = 8
 """Every token reads its experts by itself. More tokens than this have many in common, which stock MLX reads once."""
@@ -202,7 +202,7 @@ def _launch(
     blocks: int,
     template: dict[str, int | bool],
 ) -> mx.array:
-    """One kernel over `blocks` SIMD-groups per token of x -> [..., columns]."""
+    """One kernel over `blocks` simdgroups per token of x -> [..., columns]."""
     # a kernel always gets all of its inputs: where there is no shared expert the routed ones stand in, untouched
     other = routed if shared is None else shared
     assert isinstance(routed, QuantizedArray) and isinstance(other, QuantizedArray)

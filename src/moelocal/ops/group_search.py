@@ -330,7 +330,9 @@ def metal(weights: mx.array, spec: QuantSpec, importance: mx.array | None, dtype
 def supports(weights: mx.array, spec: QuantSpec, importance: mx.array | None, dtype: mx.Dtype) -> bool:
     floats = weights.dtype in _LARGEST and dtype in _LARGEST
     whole = spec.mode == "affine" and weights.shape[-1] % spec.group == 0
-    return floats and whole and 0 < weights.size // spec.group < 1 << 27  # 2^32 threads
+    return (
+        floats and whole and 0 < weights.size // spec.group < 1 << 26
+    )  # 2^31 threads: MLX counts them in an int
 
 
 group_search = Op("group_search", reference=reference, portable=portable, metal=metal, supports=supports)

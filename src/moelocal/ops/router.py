@@ -13,6 +13,7 @@ import mlx.core as mx
 from moelocal.formats import QuantizedArray, Weight, arrays_of, join_rows, same_form
 from moelocal.metal import Kernel
 from moelocal.ops import linear as lin
+from moelocal.ops.geometry import ROWS
 from moelocal.ops.host import many_rows
 from moelocal.ops.op import Op
 
@@ -60,8 +61,8 @@ def host(x: mx.array, weights: RouterWeights) -> mx.array:
     return _side_by_side([lin.host(x, w) for w in weights.wide])
 
 
-# Untuned on hardware: rows that a SIMD-group owns, SIMD-groups of a threadgroup
-ROWS, SIMDGROUPS = 2, 2
+# Untuned on hardware: simdgroups of a threadgroup
+SIMDGROUPS = 2
 
 MOST_TOKENS = 8
 """Every token reads the matrix by itself."""

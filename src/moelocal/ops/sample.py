@@ -114,7 +114,7 @@ def nucleus_floor(x: mx.array, top_p: float) -> mx.array:
     return -high.view(mx.float32)
 
 
-# Not tuned on hardware: values of x that a lane holds in registers, more for a vocabulary over 2^18.
+# Not tuned on hardware: values of x that a lane holds in registers, twice as many for a vocabulary over 2^18.
 VALUES_PER_LANE: Final = 8
 _MOST_PER_LANE: Final = 16
 _MOST_RANKS: Final = 64  # a list per simdgroup fits into threadgroup memory
