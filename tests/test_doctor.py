@@ -25,7 +25,9 @@ from moelocal.formats import QuantizedArray, QuantSpec
 from moelocal.hub import EMBEDDED
 from moelocal.ops import choice
 from moelocal.ops.add_norm import add_norm
+from moelocal.ops.attend import attend
 from moelocal.ops.choice import PROVEN, Stamp
+from moelocal.ops.experts import experts
 from moelocal.ops.group_search import group_search
 from moelocal.ops.op import Op, force
 from parity.checkpoints import SMALL, Recipe, write
@@ -51,12 +53,15 @@ class Machine:
 
     def __init__(self, portable: Callable[[int], float], metal: Callable[[int], float]) -> None:
         self.now, self.order = 0.0, []
+        self.broken: dict[tuple[str, str], BaseException] = {}  # what a case raises in a form
         self.seconds = {"portable": portable, "metal": metal}
 
     def clock(self) -> float:
         return self.now
 
     def prepare(self, case: Case, form: str) -> Callable[[], str]:
+        if error := self.broken.get((case.name, form)):
+            raise error
         return lambda: form
 
     def evaluate(self, form: str) -> None:
@@ -64,7 +69,7 @@ class Machine:
         self.order.append(form)
 
     def tune(self, *cases: Case, check: Callable[[Case], Agreement] = lambda case: Agreement(0.0, 1e-4)):
-        return list(tune(cases, self.clock, self.prepare, self.evaluate, check))
+        return [tune(case, self.clock, self.prepare, self.evaluate, check) for case in cases]
 
 
 def case(op: Op | None = None, name: str = "1 row") -> Case:
@@ -121,7 +126,7 @@ def test_a_wrong_kernel_is_never_kept_nor_timed():
 def test_only_what_a_kernel_supports_is_measured():
     none = double(metal=None)
     other = double(supports=lambda x: x.shape[0] > 1)
-    assert Machine(lambda i: 1.0, lambda i: 1.0).tune(case(none), case(other)) == []
+    assert [supported(case(op)) for op in (double(), none, other)] == [True, False, False]
 
 
 def test_agreement_sees_wrong_values_shapes_dtypes_and_failures():
@@ -148,9 +153,48 @@ def test_agreement_is_that_of_the_worst_output():
         "two",
         reference=lambda x: (x, mx.array([1, 2, 3, 4]), x.astype(mx.bfloat16)),
         portable=lambda x: x,
-        metal=lambda x: (x + 5e-5, mx.array([1, 2, 4, 4]), x.astype(mx.bfloat16) + 0.02),
+        metal=lambda x: (x + 5e-5, mx.array([1, 2, 4, 4]), x.astype(mx.bfloat16)),
     )
     assert agreement(case(op)) == Agreement(0.25, 0.0)
+
+
+def test_a_lost_expert_is_seen_at_the_sizes_and_the_dtype_of_the_flagship():
+    mx.random.seed(1)
+    shapes = flagship()
+    layer = shapes.config.layers[0]
+    assert isinstance(layer.mlp, MoESpec)
+    eight = replace(layer.mlp, experts=8)  # the others are not chosen
+    config = replace(shapes.config, layers=(replace(layer, mlp=eight),))
+    kind = packed_experts(eight, config.hidden, shapes.dtype)
+    [measured] = [c for c in cases(Shapes(config, shapes.dtype, (kind,)), length=1) if c.op is experts]
+
+    def without(lost: int | None, with_shared: bool = True) -> Agreement:
+        def metal(x, routed, chosen, weights, shared, share, residual):
+            weights = weights if lost is None else mx.where(chosen == lost, 0, weights)
+            share = share if with_shared else share * 0
+            return experts.reference(x, routed, chosen, weights, shared, share, residual)
+
+        op = Op("experts", reference=experts.reference, portable=experts.portable, metal=metal)
+        return agreement(replace(measured, op=op))
+
+    assert without(None) == Agreement(0.0, 2**-8)
+    assert [without(expert).right for expert in range(8)] == [False] * 8
+    assert not without(None, with_shared=False).right
+
+
+def test_a_kernel_that_forgets_how_long_a_context_is_is_seen():
+    mx.random.seed(2)
+    [measured] = [c for c in cases(flagship(), length=1) if c.name == "1 token, 256 keys"]
+
+    def off_by(keys: int) -> Agreement:
+        def metal(q, k, v, scale, hidden, gate, length):
+            return attend.reference(q, k, v, scale, hidden, gate, length + keys)
+
+        op = Op("attend", reference=attend.reference, portable=attend.portable, metal=metal)
+        return agreement(replace(measured, op=op))
+
+    assert off_by(0).right
+    assert [off_by(keys).right for keys in (-1, 1, 128)] == [False] * 3
 
 
 def test_a_chain_reads_what_the_call_before_wrote():
@@ -207,6 +251,42 @@ def test_cases_are_what_a_decode_step_asks_for(family, tmp_path, monkeypatch):
     expected |= set() if family == "qwen3_5" else {"router", "route", "experts"}
     assert {name for name, _ in of_interest} >= expected
     assert of_interest <= keys(measured)
+
+
+@pytest.mark.parametrize("position", [1, 254, 255, 256, 300, 600])
+def test_attention_finds_its_choice_however_full_the_cache_is(position, small, monkeypatch):
+    """The choice goes by the room of the buffer, of which a step gets all."""
+    entries = [
+        choice.Entry("attend", c.name, words, "metal", 2.0, 2e-6, 1e-6, 0.0, 1e-4)
+        for c in small
+        for name, words in keys([c])
+        if name == "attend"
+    ]
+    model = moelocal.load(dtype="float32")
+    cache = model.new_cache()
+    mx.eval(model(mx.array([[5] * position]), cache))
+    asked = []
+    with choice.using(choice.Choice(entries)):
+        monkeypatch.setattr(attend, "supports", lambda *args: asked.append(args))  # None: not here, after all
+        with metal.executing(lambda **binding: None):
+            mx.eval(model(mx.array([[5]]), cache))
+    assert asked
+    for args in asked:
+        assert len(args) == len(measured_arguments(small)) and args[6].item() == position + 1
+
+
+def measured_arguments(of: list[Case]) -> tuple:
+    return next(c.step(0, None) for c in of if c.op is attend)
+
+
+def test_every_call_has_experts_of_its_own(small):
+    """Else they would come from a cache."""
+    for measured in (c for c in small if c.op is experts):
+        blocks = [measured.step(i, None)[4] for i in range(3)]
+        if blocks[0] is not None:
+            assert len({id(array) for block in blocks for array in block.arrays}) == 3 * len(blocks[0].arrays)
+        chosen = [set(measured.step(i, None)[2].reshape(-1).tolist()) for i in range(2)]
+        assert not chosen[0] & chosen[1]
 
 
 def test_cases_are_what_a_draw_asks_for(small, monkeypatch):
@@ -326,7 +406,8 @@ def test_the_flagship_is_measured_at_its_sizes():
 # --- the command ---
 
 
-def test_doctor_explains_itself_without_metal(capsys):
+def test_doctor_explains_itself_without_metal(capsys, monkeypatch):
+    monkeypatch.setattr(command, "on_cpu", lambda: True)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "machine   Apple M4 Max" in out
@@ -334,6 +415,10 @@ def test_doctor_explains_itself_without_metal(capsys):
     assert "record    none\n" in out
     assert re.search(r"^add_norm +portable +no Metal device$", out, re.MULTILINE)
     assert re.search(r"^linear +portable +has no kernel; host for many rows of float32$", out, re.MULTILINE)
+
+    monkeypatch.setattr(command, "on_cpu", lambda: False)
+    assert main(["doctor"]) == 0
+    assert re.search(r"^linear +portable +has no kernel$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("flag", ["--tune", "--kernels"])
@@ -452,6 +537,87 @@ def test_a_wrong_kernel_is_reported_and_refused(device, capsys, monkeypatch):
     assert "add_norm (1 token)" in err
 
 
+@pytest.fixture
+def three(device, monkeypatch) -> Machine:
+    """The device, with three cases for it."""
+
+    def rows(count: int) -> Case:
+        x = mx.ones((count, 8))
+        return Case(double(), f"{count} rows", lambda i, last: (x if last is None else last,), LENGTH)
+
+    monkeypatch.setattr(command, "cases", lambda shapes: map(rows, (1, 2, 3)))
+    return device
+
+
+@pytest.mark.parametrize("flag", ["--tune", "--kernels"])
+@pytest.mark.parametrize("error", [RuntimeError("[metal::malloc] Unable\nto allocate"), MemoryError()])
+def test_a_case_that_cannot_be_measured_costs_no_other(flag, error, three, capsys):
+    three.broken["2 rows", "metal"] = error
+    assert main(["doctor", flag]) == 1
+    out, err = capsys.readouterr()
+    why = "[metal::malloc] Unable to allocate" if str(error) else "MemoryError"
+    assert f"\ndouble            2 rows                   not measured: {why}\n" in out
+    assert re.search(r"^double +3 rows +(pass|\d)", out, re.MULTILINE)
+    assert err == "moelocal: error: could not be measured: double (2 rows)\n"
+    if flag == "--tune":
+        assert [entry.case for entry in choice.read(STAMP) or ()] == ["1 rows", "3 rows"]
+
+
+@pytest.mark.parametrize("flag", ["--tune", "--kernels"])
+def test_a_reference_that_cannot_be_computed_costs_no_other_case(flag, three, capsys, monkeypatch):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    def too_large(case: Case) -> Agreement:
+        return agreement(replace(case, expected=fail) if case.name == "2 rows" else case)
+
+    monkeypatch.setattr(command, "agreement", too_large)
+    monkeypatch.setattr(command, "tune", partial(command.tune, check=too_large))
+    assert main(["doctor", flag]) == 1
+    out, err = capsys.readouterr()
+    assert "2 rows                   not measured: out of memory\n" in out
+    assert re.search(r"^double +3 rows +(pass|\d)", out, re.MULTILINE)
+    assert err == "moelocal: error: could not be measured: double (2 rows)\n"
+
+
+def test_wrong_and_unmeasured_kernels_are_both_named(three, capsys, monkeypatch):
+    monkeypatch.setattr(
+        command,
+        "tune",
+        partial(command.tune, check=lambda case: Agreement(float(case.name == "1 rows"), 1e-4)),
+    )
+    three.broken["3 rows", "portable"] = RuntimeError("no")
+    assert main(["doctor", "--tune"]) == 1
+    assert capsys.readouterr().err == (
+        "moelocal: error: wrong on this machine and not used: double (1 rows); please report this; "
+        "could not be measured: double (3 rows)\n"
+    )
+    assert [entry.ratio for entry in choice.read(STAMP) or ()] == [None, 2.0]
+
+
+def test_what_was_measured_before_ctrl_c_is_kept(three, capsys):
+    three.broken["3 rows", "portable"] = KeyboardInterrupt()
+    assert main(["doctor", "--tune"]) == 130
+    assert capsys.readouterr().out.endswith(f"\nstopped; what was measured is in {STAMP.file}\n")
+    assert [entry.case for entry in choice.read(STAMP) or ()] == ["1 rows", "2 rows"]
+
+
+def test_ctrl_c_before_anything_was_measured_leaves_no_record(three, capsys):
+    three.broken["1 rows", "portable"] = KeyboardInterrupt()
+    assert main(["doctor", "--tune"]) == 130
+    assert str(STAMP.file) not in capsys.readouterr().out
+    assert not STAMP.file.exists()
+
+
+def test_a_case_that_cannot_be_measured_again_keeps_its_entry(three, capsys):
+    assert main(["doctor", "--tune"]) == 0
+    before = choice.read(STAMP)
+    three.broken |= {(f"{rows} rows", "portable"): RuntimeError("no") for rows in (1, 2, 3)}
+    assert main(["doctor", "--tune"]) == 1
+    assert "written to" not in capsys.readouterr().out.splitlines()[-1]
+    assert choice.read(STAMP) == before
+
+
 def test_kernels_are_run_against_their_references(device, capsys):
     device.seconds["metal"] = lambda i: 3e-6  # a microsecond a call
     assert main(["doctor", "--kernels"]) == 0
@@ -477,7 +643,9 @@ def test_a_bad_override_is_one_line(monkeypatch, capsys):
     monkeypatch.setenv("MOELOCAL_OPS", "fast")
     monkeypatch.setattr("moelocal.ops.op._forced", None)
     assert main(["doctor"]) == 1
-    assert capsys.readouterr().err.startswith("moelocal: error: MOELOCAL_OPS: expected one of")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("moelocal: error: MOELOCAL_OPS: expected one of") and err.count("\n") == 1
 
 
 # --- kernels/README.md ---
