@@ -182,10 +182,14 @@ def test_without_clang_one_test_fails_with_one_line_and_the_others_are_skipped(f
     said = pytest_in(folder, OFFMETAL_CLANG="/nowhere/clang")
     assert "1 failed, 4 skipped" in said
     assert "Traceback" not in said
-    assert said.count("is not clang 16 or later: apt install clang-19") <= 4  # failure, its summary, skips, the end
+    assert (
+        said.count("is not clang 16 or later: apt install clang-19") <= 4
+    )  # failure, its summary, skips, the end
 
 
-def test_without_any_clang_all_are_skipped_and_the_end_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_any_clang_all_are_skipped_and_the_end_says_why(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.delenv("OFFMETAL_CLANG", raising=False)
     said = pytest_in(folder, PATH=str(folder))
     assert "5 skipped" in said and "failed" not in said
