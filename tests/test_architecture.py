@@ -30,7 +30,7 @@ ORDER = (
         "hub",
         "survey",
     ),
-    *("quantize", "text", "engine", "evaluate", "doctor", "chat", "cli"),
+    *("text", "quantize", "engine", "evaluate", "doctor", "chat", "cli"),
 )
 LAST = ("__init__", "__main__")
 """these gather everything: they may import any module"""

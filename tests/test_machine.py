@@ -57,7 +57,7 @@ def test_generation(chip: str, number: int | None):
 def test_generations_that_gain_get_longer_command_buffers(chip: str):
     environment: dict[str, str] = {}
     machine.limit_buffers(environment, chip)
-    assert environment == {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "200"}
+    assert environment == {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "400"}
 
 
 @pytest.mark.parametrize("chip", ["Apple M5 Max", "Apple M6", "AMD EPYC", ""])
@@ -70,7 +70,7 @@ def test_others_keep_the_limits_of_mlx(chip: str):
 def test_a_users_own_limit_stays():
     environment = {"MLX_MAX_OPS_PER_BUFFER": "7"}
     machine.limit_buffers(environment, "Apple M2")
-    assert environment == {"MLX_MAX_OPS_PER_BUFFER": "7", "MLX_MAX_MB_PER_BUFFER": "200"}
+    assert environment == {"MLX_MAX_OPS_PER_BUFFER": "7", "MLX_MAX_MB_PER_BUFFER": "400"}
 
 
 def test_the_limits_are_set_before_mlx_is_imported():

@@ -14,14 +14,16 @@ from typing import Any, Final
 LAST_LIMITED: Final = 4
 """The last Apple generation (M1 is 1) on which longer command buffers were seen to help."""
 
-BUFFER_LIMITS: Final = {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "200"}
+BUFFER_LIMITS: Final = {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "400"}
 """Kernels and millions of referenced elements after which MLX commits a command buffer; its own limits are 40 to 50.
 
-A decode step of the flagship spans about 80 buffers at these, and each boundary costs time. Others measured: 1000
-and 400 on an M3 Ultra 5 to 8 % faster decode, prefill time and peak memory unchanged (ml-explore/mlx#4521); on an M1
-Ultra 6 % with 2000 and 2000 (vllm-project/vllm-metal#578), whose second number costs memory in long prefills (#585); on
-an M5 Max no gain (lablup/mlxcel#358). 200 leaves the flagship about 20 buffers a step: MLX writes into a cache in place
-only if no buffer that reads it is in flight, and up to 10 are (mlx/transforms.cpp). Not measured by this project.
+A decode step of the flagship spans about 80 buffers at those, and each boundary costs time. All figures are others':
+these two values, 5 to 8 % faster decoding on an M3 Ultra, prefill time and peak memory unchanged (ml-explore/mlx#4521);
+1000 kernels, 11 to 13 % on an M1 Ultra and nothing on an M5 Max, in another program (lablup/mlxcel#353, #358, #360);
+2000 and 2000, 6 % on an M1 Ultra (vllm-project/vllm-metal#578), later 58 to 91 tokens/s, but up to 35 GB more memory in
+prompts of 8,192 tokens (#585, #637). More than 400 is not taken for that memory, and because MLX writes into a cache in
+place only if no buffer that reads it is in flight, and up to 10 are (mlx/transforms.cpp): 400 leaves the flagship about
+12 buffers a step (predicted from the elements that its kernels refer to). Not measured by this project.
 """
 
 
