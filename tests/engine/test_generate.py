@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import moelocal
-from moelocal.engine import generate as module
+from moelocal.engine import chunks
 from moelocal.errors import (
     ContextOverflow,
     ModelNotFound,
@@ -105,15 +105,16 @@ class Counting:
 
 
 def test_a_long_prompt_is_read_in_chunks_at_absolute_multiples(model, monkeypatch):
-    monkeypatch.setattr(module, "STRIDE", 16)
+    monkeypatch.setattr(chunks, "STRIDE", 16)
     calls = []
     monkeypatch.setattr(model, "decoder", Counting(model.decoder, calls))
     tokens = list(range(40))
-    logits, cache = module.prefill(model, tokens)
-    assert calls == [(1, 16), (1, 16), (1, 8)] and cache.position == 40
+    session = model.session()
+    session.sync(tokens)
+    assert calls == [(1, 16), (1, 16), (1, 8)] and session.position == 40
     whole = model(mx.array([tokens]), rows=1)[0, -1]
     # chunks of 16 rows run other products than the whole: float32 rounding
-    np.testing.assert_allclose(np.array(logits), np.array(whole), atol=1e-3)
+    np.testing.assert_allclose(np.array(session.logits), np.array(whole), atol=1e-3)
 
 
 def test_stop_strings_end_raw_text_and_are_left_out(model):

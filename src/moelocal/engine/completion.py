@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moelocal.engine.reuse import Miss
 from moelocal.text.tool_calls import ToolCall
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -25,11 +26,13 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens counted: `prompt` as rendered, `cached` of them not evaluated again, `completion` sampled."""
+    """Tokens counted: `prompt` as rendered, `cached` of them not evaluated again, `completion` sampled. `miss` says why
+    not more was cached, where a timeline before this one had more in common with the prompt, or differs from it."""
 
     prompt: int
     completion: int
     cached: int = 0
+    miss: Miss | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,24 +7,24 @@ stays on the device in between.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import mlx.core as mx
 
+from moelocal.engine.chunks import boundaries
 from moelocal.engine.completion import Completion, Event, FinishReason, Timing, TokenLogprob, Usage
 from moelocal.engine.load import Model
 from moelocal.engine.sampling import BAD_LOGITS, Sampler, Sampling, log_probabilities
-from moelocal.errors import ContextOverflow, NumericsError, RequestError
+from moelocal.engine.session import Reuse, Session
+from moelocal.errors import ContextOverflow, NumericsError, RequestError, TemplateError
 from moelocal.text.answer import AnswerParser, Delta, ends_inside_thinking
 from moelocal.text.detokenizer import Detokenizer
 from moelocal.text.messages import prepare, prepare_tools
 from moelocal.text.stop import StopStrings
 from moelocal.text.tool_calls import ToolCall
-
-STRIDE: Final = 2048
-"""Prompt chunks end at absolute multiples of this, so that equal positions are always computed by equal arithmetic."""
 
 MOST_TOKENS: Final = 32_768
 """Tokens of an answer when `max_tokens` is not given: what the model cards recommend."""
@@ -33,7 +33,7 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 
 def generate(
-    model: Model,
+    model: Model | Session,
     prompt: Prompt,
     *,
     max_tokens: int | None = None,
@@ -65,7 +65,7 @@ def generate(
 
 
 def stream(
-    model: Model,
+    model: Model | Session,
     prompt: Prompt,
     *,
     max_tokens: int | None = None,
@@ -79,6 +79,9 @@ def stream(
 ) -> Generator[Event, None, None]:
     """The answer to `prompt`, piece by piece; closing the iterator stops the generation.
 
+    `model`: a model, whose snapshots of earlier calls are used; or a `Session` of it, whose timeline goes on. After the
+    last event a session evaluates the answer as the next turn will render it, so that this turn need not wait for it.
+
     `prompt`: one user message as a string, or a list of messages ({"role": ..., "content": ...}); with `raw`, plain
     text to continue. `max_tokens`: None for 32,768, less where the context ends. `sampling`: None for the
     checkpoint's own. `stop`: strings that end the answer, themselves left out. `seed`: makes a sampled answer
@@ -90,6 +93,9 @@ def stream(
     `TokenizerError`, `TemplateError`, `ConfigError`; while streaming, `NumericsError`.
     """
     started = time.perf_counter()
+    lasting = isinstance(model, Session)
+    session = model if isinstance(model, Session) else model.session()
+    model = session.model
     if logprobs is not None and (not isinstance(logprobs, int) or isinstance(logprobs, bool) or logprobs < 0):
         raise RequestError(f"logprobs: expected an integer from 0, or None, got {logprobs!r}")
     tokens, parser = _read(model, prompt, stop, thinking, tools, raw)
@@ -106,8 +112,50 @@ def stream(
     mask = model.tokenizer.token_mask(model.config.vocab)
     sampler = Sampler(sampling or model.defaults, token_mask=mask, seed=seed, prompt=tokens)
     answer = _Answer(tokens, Detokenizer(model.tokenizer), parser, model.stop_tokens, started)
-    steps = _steps(model, tokens, sampler, min(max_tokens, room), logprobs, mx.array(mask))
-    return answer.events(steps)
+    most, allowed = min(max_tokens, room), mx.array(mask)
+
+    def events() -> Generator[Event, None, None]:
+        mx.reset_peak_memory()
+        answer.reuse = session.sync(tokens)
+        done = None
+        with closing(_steps(session, sampler, most, logprobs, allowed)) as steps:
+            for event in answer.events(steps):
+                done = event.completion
+                yield event
+        if lasting and not raw and done is not None and done.finish_reason != "length":
+            following = _following(model, prompt, done, thinking, tools)
+            if following:
+                session.sync(following)
+
+    return events()
+
+
+def _following(
+    model: Model,
+    prompt: Prompt,
+    done: Completion,
+    thinking: bool | None,
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> list[int]:
+    """The tokens up to where the next message will begin, as the template will render them then: it may drop the
+    reasoning. Empty where that cannot be known."""
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    answer = {"role": "assistant", "content": done.text, "tool_calls": done.tool_calls}
+    if done.reasoning:
+        answer["reasoning_content"] = done.reasoning
+    reply = {"role": "tool" if done.tool_calls else "user", "content": "?"}
+    try:
+        text = model.template.render(
+            prepare([*before, answer, reply]),
+            tools=prepare_tools(tools),
+            thinking=thinking,
+            add_generation_prompt=False,
+        )
+    except TemplateError:
+        return []  # what this template wants there only the next turn will tell
+    tokens = model.tokenizer.encode(text)
+    ends = boundaries(tokens, model.message_start)
+    return tokens[: ends[-1]] if ends else []
 
 
 def _read(
@@ -154,23 +202,18 @@ class _Step:
     def arrays(self) -> list[mx.array]:
         return [self.token, *(self.logprobs or ())]
 
-
-def prefill(model: Model, tokens: Sequence[int]) -> tuple[mx.array, Any]:
-    """Evaluate a prompt in chunks -> logits float32 [V] behind its last token, and the cache."""
-    cache = model.new_cache()
-    while True:
-        stop = min(len(tokens), (cache.position // STRIDE + 1) * STRIDE)
-        logits = model(mx.array([tokens[cache.position : stop]]), cache, rows=1)
-        if stop == len(tokens):
-            return logits[0, -1], cache
-        # evaluated chunk by chunk: the working memory of one chunk is enough for any prompt
-        mx.eval(cache.arrays)
+    @property
+    def number(self) -> int:
+        """The token, waited for."""
+        number = self.token.item()
+        assert isinstance(number, int)
+        return number
 
 
 def _steps(
-    model: Model, tokens: Sequence[int], sampler: Sampler, most: int, logprobs: int | None, mask: mx.array
-) -> Iterator[_Step]:
-    """Up to `most` tokens, each handed out when the step after it is already queued."""
+    session: Session, sampler: Sampler, most: int, logprobs: int | None, mask: mx.array
+) -> Generator[_Step, None, None]:
+    """Up to `most` tokens, each handed out when the step after it is already queued. Closing it notes what was fed."""
 
     def choose(logits: mx.array) -> _Step:
         token = sampler(logits)
@@ -179,13 +222,17 @@ def _steps(
         mx.async_eval(*step.arrays)  # type: ignore[no-untyped-call]  # MLX has no annotation for it
         return step
 
-    logits, cache = prefill(model, tokens)
-    step = choose(logits)
-    for _ in range(most - 1):
-        following = choose(model(step.token.reshape(1, 1), cache, rows=1)[0, -1])
+    step, queued = choose(session.logits), 0
+    fed: list[int] = []
+    try:
+        for _ in range(most - 1):
+            following, queued = choose(session.feed(step.token)), queued + 1
+            yield step
+            fed.append(step.number)  # the reader waited for it
+            step = following
         yield step
-        step = following
-    yield step
+    finally:
+        session.fed([*fed, step.number][:queued])
 
 
 @dataclass(slots=True)
@@ -202,9 +249,9 @@ class _Answer:
     reasoning: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
+    reuse: Reuse | None = None
 
-    def events(self, steps: Iterator[_Step]) -> Generator[Event, None, None]:
-        mx.reset_peak_memory()
+    def events(self, steps: Iterable[_Step]) -> Iterator[Event]:
         first = time.perf_counter()
         stopped = False
         for step in steps:
@@ -224,8 +271,7 @@ class _Answer:
         yield Event(delta.text, delta.reasoning, delta.tool_calls, (), self._completion(stopped, first))
 
     def _take(self, step: _Step) -> int:
-        token = step.token.item()
-        assert isinstance(token, int)
+        token = step.number
         if token == BAD_LOGITS:
             raise NumericsError(
                 f"the logits of token {len(self.tokens) + 1} are NaN or infinite: the weights are damaged, or overflow "
@@ -266,6 +312,7 @@ class _Answer:
         return delta
 
     def _completion(self, stopped: bool, first: float) -> Completion:
+        assert self.reuse is not None
         now = time.perf_counter()
         count = len(self.tokens)
         reason: FinishReason = "length"
@@ -277,11 +324,11 @@ class _Answer:
             tool_calls=tuple(self.calls),
             tokens=tuple(self.tokens),
             finish_reason=reason,
-            usage=Usage(prompt=len(self.prompt), completion=count),
+            usage=Usage(len(self.prompt), count, self.reuse.cached, self.reuse.miss),
             timing=Timing(
                 first_token_seconds=first - self.started,
                 total_seconds=now - self.started,
-                prefill_tokens_per_second=len(self.prompt) / (first - self.started),
+                prefill_tokens_per_second=(len(self.prompt) - self.reuse.cached) / (first - self.started),
                 decode_tokens_per_second=(count - 1) / (now - first) if count > 1 else 0.0,
                 peak_memory_nbytes=mx.get_peak_memory(),
             ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -12,17 +13,27 @@ from typing import Final
 
 import mlx.core as mx
 
-from moelocal import hub
-from moelocal.cache import Cache
+from moelocal import hub, machine
+from moelocal.cache import Cache, Store
 from moelocal.config import ModelConfig
+from moelocal.engine.chunks import message_start
+from moelocal.engine.fingerprint import fingerprint
+from moelocal.engine.reuse import common
 from moelocal.engine.sampling import Sampling
-from moelocal.errors import RequestError
+from moelocal.engine.session import Session
+from moelocal.errors import RequestError, TokenizerError
 from moelocal.model import Decoder
 from moelocal.text.generation_config import GenerationDefaults
 from moelocal.text.template import ChatTemplate
 from moelocal.text.tokenizer import Tokenizer
 
 _DTYPES: Final = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+SHARE: Final = 10
+"""Snapshots may take this part of the machine's memory, one in so many bytes."""
+
+RECENT: Final = 8
+"""Timelines remembered, as tokens, to say where a prompt leaves them."""
 
 
 class Model:
@@ -34,6 +45,7 @@ class Model:
 
     def __init__(self, decoder: Decoder, folder: Path, name: str) -> None:
         self.decoder, self.folder, self.name = decoder, folder, name
+        self._recent: deque[list[int]] = deque(maxlen=RECENT)
 
     @property
     def config(self) -> ModelConfig:
@@ -65,6 +77,36 @@ class Model:
     def template(self) -> ChatTemplate:
         """Raises `TemplateError` if the folder has none."""
         return ChatTemplate.open(self.folder)
+
+    def session(self) -> Session:
+        """A timeline that goes on from call to call, with `fork`, `rewind`, `save`."""
+        return Session(self)
+
+    @cached_property
+    def store(self) -> Store:
+        """The snapshots that all timelines of this model share."""
+        return Store(fingerprint(self.folder, self.dtype), machine.memory() // SHARE or 1 << 30)
+
+    @cached_property
+    def message_start(self) -> int | None:
+        """The token with which a message begins; None without a tokenizer, or where it has no such token."""
+        return None if self.texts is None else message_start(self.texts)
+
+    @cached_property
+    def texts(self) -> Tokenizer | None:
+        """The tokenizer; None if the folder has none that can be read."""
+        try:
+            return self.tokenizer
+        except TokenizerError:
+            return None
+
+    def remember(self, tokens: Sequence[int]) -> None:
+        """Note a timeline, to say later where another one left it."""
+        self._recent.append(list(tokens))
+
+    def recent(self, tokens: Sequence[int]) -> list[int]:
+        """Of the last timelines the one that has most in common with `tokens`, the latest of those."""
+        return max(reversed(self._recent), key=lambda timeline: common(timeline, tokens), default=[])
 
     @cached_property
     def _generation(self) -> GenerationDefaults:

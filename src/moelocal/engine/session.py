@@ -1,0 +1,199 @@
+"""`Session`: one timeline of a model, which evaluates again only what it must."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+import mlx.core as mx
+
+from moelocal.cache import saved
+from moelocal.engine.chunks import STRIDE, boundaries, cuts
+from moelocal.engine.reuse import Miss, explain
+from moelocal.errors import RequestError
+
+if TYPE_CHECKING:
+    from moelocal.engine.load import Model
+
+LAST_BOUNDARIES: Final = 4
+"""Snapshots are taken where the first message ends and at this many of the last boundaries: behind them a conversation
+goes on, is edited, or is answered again."""
+
+SPARSE: Final = 8 * STRIDE
+"""Snapshots are also taken at multiples of this, for a conversation that changes far from both ends."""
+
+NEAR: Final = 32
+"""A snapshot at the end of a prompt is worth its bytes only if no boundary is so near."""
+
+Source = Literal["live", "memory", "disk", "nothing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """What `sync` did: `cached` of `tokens` were not evaluated again, thanks to `source`; `miss` says why not more."""
+
+    tokens: int
+    cached: int
+    source: Source
+    miss: Miss | None
+
+
+class Session:
+    """One timeline: the tokens that were evaluated, and the state behind them.
+
+    `tokens`: what was evaluated. What else was ever evaluated is looked for in the snapshots of the model, which all
+    its sessions share. Not safe for threads: one call at a time for all sessions of a model.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.tokens: list[int] = []
+        self._cache = model.new_cache()
+        self._logits: mx.array | None = None
+
+    @property
+    def position(self) -> int:
+        """Tokens evaluated."""
+        return len(self.tokens)
+
+    def sync(self, tokens: Sequence[int]) -> Reuse:
+        """Make `tokens` the timeline: go on from the longest stored beginning, evaluate the rest in chunks.
+
+        Raises `RequestError` if there are none. An interruption leaves an empty timeline; what was stored stays.
+        """
+        if not tokens:
+            raise RequestError("tokens: expected at least one, got none")
+        tokens = list(tokens)
+        model, before = self.model, self.tokens or self.model.recent(tokens)
+        cached, source = self._begin(tokens)
+
+        def evicted(shared: int) -> bool:
+            kept = _kept(tokens, model.message_start) | {len(before)}
+            return any(model.store.fate(tokens[:p]) == "evicted" for p in kept if cached < p <= shared)
+
+        miss = explain(before, tokens, cached, evicted, model.texts, model.message_start) if before else None
+        with self._whole():
+            self._evaluate(tokens)
+        model.remember(self.tokens)
+        return Reuse(len(tokens), cached, source, miss)
+
+    def _begin(self, tokens: list[int]) -> tuple[int, Source]:
+        """Restore the longest beginning that leaves something to evaluate, or to know the logits by."""
+        live = len(self.tokens)
+        if live > len(tokens) - (self._logits is None) or self.tokens != tokens[:live]:
+            live = 0
+        found = self.model.store.find(tokens[:-1])
+        if found is not None and found.position > live:
+            restored = self.model.store.restore(found)
+            if restored is not None:
+                self._cache, self.tokens, self._logits = restored, tokens[: found.position], None
+                return found.position, found.where
+        if live:
+            return live, "live"
+        self._reset()
+        return 0, "nothing"
+
+    def _evaluate(self, tokens: list[int]) -> None:
+        start = self.model.message_start
+        kept = _kept(tokens, start)
+        for stop in cuts(tokens, start):
+            if stop <= len(self.tokens):
+                continue
+            part = mx.array([tokens[len(self.tokens) : stop]])
+            self._logits = self.model(part, self._cache, rows=1)[0, -1]
+            # evaluated chunk by chunk: the working memory of one chunk is enough for any prompt
+            mx.eval(self._cache.arrays)
+            self.tokens = tokens[:stop]
+            if stop in kept:
+                self.model.store.put(self.tokens, self._cache)
+
+    @property
+    def logits(self) -> mx.array:
+        """float32 [V] behind the last token. Raises `RequestError` before the first."""
+        if self._logits is None:
+            raise RequestError("logits: nothing was evaluated yet; call sync first")
+        return self._logits
+
+    def feed(self, token: mx.array) -> mx.array:
+        """Queue one sampled token, int [] -> logits float32 [V] behind it. What was fed is noted by `fed`."""
+        self._logits = self.model(token.reshape(1, 1), self._cache, rows=1)[0, -1]
+        return self._logits
+
+    def fed(self, tokens: Sequence[int]) -> None:
+        """Note the tokens that were fed since the last `sync`, and keep what they led to."""
+        if min(tokens, default=0) < 0:  # NaN logits: what follows is no state to keep
+            self._reset()
+            return
+        with self._whole():
+            self.tokens += tokens
+            assert self._cache.position == len(self.tokens)
+            self.model.store.put(self.tokens, self._cache)
+        self.model.remember(self.tokens)
+
+    def fork(self) -> Session:
+        """Another session with the same timeline; each goes on alone. Arrays are shared until one of them writes."""
+        other = Session(self.model)
+        other.tokens, other._cache, other._logits = list(self.tokens), self._cache.fork(), self._logits
+        return other
+
+    def rewind(self, position: int | None = None, *, turn: int | None = None) -> Reuse:
+        """Go back to `position` tokens, or to where message number `turn` begins: 0 is the first (often the system
+        message), -1 the last. What lies between a snapshot and there is evaluated again.
+
+        Raises `RequestError` for a position or turn that the timeline does not have.
+        """
+        if (position is None) == (turn is None):
+            raise RequestError("rewind: expected a position or a turn")
+        if turn is not None:
+            starts = [0, *boundaries(self.tokens, self.model.message_start)]
+            if not -len(starts) <= turn < len(starts):
+                raise RequestError(f"rewind: turn: expected one of {len(starts)} messages, got {turn}")
+            position = starts[turn]
+        assert position is not None
+        if not 0 <= position <= len(self.tokens):
+            raise RequestError(f"rewind: position: expected 0 to {len(self.tokens)}, got {position}")
+        if position == 0:
+            self._reset()
+            return Reuse(0, 0, "nothing", None)
+        return self.sync(self.tokens[:position])
+
+    def save(self, path: str | Path) -> None:
+        """Write the timeline and its state into one file, whole or not at all.
+
+        Raises `RequestError` if there is nothing to save, or the file cannot be written.
+        """
+        saved.save(Path(path), self.model.store.fingerprint, self.tokens, self._cache)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Model) -> Session:
+        """The session that `save` wrote.
+
+        Raises `RequestError` if the file cannot be read, is damaged, or is of another model or setting.
+        """
+        session = cls(model)
+        session.tokens, session._cache = saved.load(Path(path), model.store.fingerprint)
+        return session
+
+    @contextmanager
+    def _whole(self) -> Generator[None, None, None]:
+        """An interruption may leave layers at different positions: the timeline is then given up."""
+        try:
+            yield
+        except BaseException:
+            self._reset()
+            raise
+
+    def _reset(self) -> None:
+        self.tokens, self._cache, self._logits = [], self.model.new_cache(), None
+
+
+def _kept(tokens: Sequence[int], start: int | None) -> set[int]:
+    """Where snapshots are taken of a prompt."""
+    ends = boundaries(tokens, start)
+    kept = {*ends[:1], *ends[-LAST_BOUNDARIES:], *range(SPARSE, len(tokens), SPARSE)}
+    if not ends or len(tokens) - ends[-1] > NEAR:
+        kept.add(len(tokens))
+    return kept
