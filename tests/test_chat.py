@@ -60,7 +60,7 @@ def said(text="", reasoning="", finish="stop", calls=()):
     return [*events, Event(completion=done)]
 
 
-STATS = "tokens · 40.0 tokens/s · first token after 0.25 s · 1.5 GB]"
+STATS = "tokens · 40.0 tokens/s · first token after 0.25 s · 4 of 12 prompt tokens reused · 1.5 GB]"
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def chat_with(monkeypatch):
         monkeypatch.delenv("NO_COLOR", raising=False)
         out, err = Stream(terminal), Stream(terminal)
         chat = Chat(
-            SimpleNamespace(name="scripted"),
+            SimpleNamespace(name="scripted", session=lambda: "its session"),
             Screen(out, err, dialogue=terminal),
             dialogue=terminal,
             **options,

@@ -41,7 +41,9 @@ def stream(model, prompt, **options):
     yield Event(completion=Completion(text.upper(), "hm", (), (1,), "stop", Usage(3, 1), timing))
 
 moelocal.stream = stream
-moelocal.load = lambda *args, **options: SimpleNamespace(name="scripted", defaults=moelocal.Sampling())
+moelocal.load = lambda *args, **options: SimpleNamespace(
+    name="scripted", defaults=moelocal.Sampling(), session=lambda: None
+)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -74,7 +76,7 @@ def engine(monkeypatch):
         asked.load = (name, options)
         if name == "nowhere":
             raise ModelNotFound("nowhere: no such folder")
-        return SimpleNamespace(name=name, defaults=Sampling(temperature=0.6, top_k=20))
+        return SimpleNamespace(name=name, defaults=Sampling(temperature=0.6, top_k=20), session=lambda: None)
 
     def generate(model, prompt, **options):
         asked.prompt, asked.options = prompt, options
@@ -199,7 +201,7 @@ def test_generate_json(engine, capsys):
         "tool_calls": [{"name": "f", "arguments": {"n": 1}, "id": ""}],
         "tokens": [5, 6],
         "finish_reason": "stop",
-        "usage": {"prompt": 3, "completion": 2, "cached": 1},
+        "usage": {"prompt": 3, "completion": 2, "cached": 1, "miss": None},
         "timing": {
             "first_token_seconds": 0.1,
             "total_seconds": 0.2,

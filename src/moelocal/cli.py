@@ -16,6 +16,7 @@ from moelocal.chat.keyboard import decode
 from moelocal.chat.program import size
 from moelocal.config import AttentionSpec, ModelConfig, MoESpec
 from moelocal.doctor.command import add_flags, doctor
+from moelocal.evaluate import verify_command
 from moelocal.survey import Part, survey
 
 
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None, program: str = "moelocal") -> i
 
     command.add_source_flags(add("inspect", "describe a checkpoint", _inspect))
     add_flags(add("doctor", "which kernels this machine uses, and why", doctor))
+    verify_command.add_flags(
+        add("verify", "prove that warm answers are those of a cold run", verify_command.run)
+    )
     add("version", "print the version", _version)
 
     parsed = parser.parse_args(arguments)

@@ -19,6 +19,7 @@ from moelocal.errors import MoelocalError, RequestError
 if TYPE_CHECKING:
     from moelocal.engine.completion import Completion
     from moelocal.engine.load import Model
+    from moelocal.engine.session import Session
 
 HELP = """\
 /help              this list
@@ -68,6 +69,10 @@ class Chat:
     dialogue: bool = True
     conversation: Conversation = field(default_factory=Conversation)
     totals: Totals = field(default_factory=Totals)
+    session: Session = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.session = self.model.session()
 
     def run(self, keyboard: Keyboard) -> None:
         """Takes turns until the keyboard ends. Raises what `turn` raises where nobody is there to read on."""
@@ -110,7 +115,7 @@ class Chat:
         self.screen.status("reading the prompt …")
         try:
             stream = moelocal.stream(
-                self.model, prompt, thinking=self.conversation.thinking, raw=self.raw, **self.options
+                self.session, prompt, thinking=self.conversation.thinking, raw=self.raw, **self.options
             )
             # Closing the stream is what stops the generation.
             with contextlib.closing(stream):
@@ -217,10 +222,11 @@ class Chat:
 
 def summary(done: Completion) -> str:
     """One line of figures about an answer."""
-    timing = done.timing
+    timing, usage = done.timing, done.usage
+    reused = f" · {usage.cached} of {usage.prompt} prompt tokens reused" if usage.cached else ""
     return (
         f"[{done.usage.completion} tokens · {timing.decode_tokens_per_second:.1f} tokens/s · "
-        f"first token after {timing.first_token_seconds:.2f} s · {size(timing.peak_memory_nbytes)}]"
+        f"first token after {timing.first_token_seconds:.2f} s{reused} · {size(timing.peak_memory_nbytes)}]"
     )
 
 

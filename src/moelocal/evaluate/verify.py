@@ -1,0 +1,207 @@
+"""The proof at the user's hand: a conversation replayed in every way that the engine has, and the logits compared."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import mlx.core as mx
+
+from moelocal import metal
+from moelocal.cache import Disk, Store
+from moelocal.engine.batch import Request, generate_batch
+from moelocal.engine.chunks import boundaries
+from moelocal.engine.load import Model
+from moelocal.engine.sampling import Sampling
+from moelocal.engine.session import Session
+from moelocal.errors import RequestError
+from moelocal.ops.op import force
+from moelocal.text.messages import prepare
+
+DECODED: Final = {mx.float32: 1e-4, mx.float16: 2**-6, mx.bfloat16: 2**-4}
+"""How far logits may be off where tokens were decoded on one side and read as a prompt on the other, or computed by
+another form of the operations: root mean square of the difference over that of the logits. One rounding in the dtype
+of activations is 2^-11 and 2^-8 of a value; layers add and amplify them. For float32 the order of sums."""
+
+ANSWER: Final = 32
+"""Tokens that are decoded behind every prompt, greedily."""
+
+CONVERSATION: Final = (
+    {"role": "system", "content": "You answer briefly."},
+    {"role": "user", "content": "Hello! My name is Ada."},
+    {"role": "assistant", "content": "Hello, Ada!"},
+    {"role": "user", "content": "What is 12 + 7?"},
+    {"role": "assistant", "content": "19"},
+    {"role": "user", "content": "What is my name?"},
+)
+"""Where the user gives none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to come to the end of every prompt of a conversation.
+
+    `reused`: tokens that were not evaluated again, of `tokens`; `error`: of the prompt that is worst, root mean square
+    of the difference from a cold run over that of the logits; `allowed`: 0 where the same bits are promised; `equal`:
+    whether the greedy answers have the same tokens.
+    """
+
+    name: str
+    prompts: int
+    tokens: int
+    reused: int
+    error: float
+    allowed: float
+    equal: bool
+
+    @property
+    def right(self) -> bool:
+        return self.equal and self.error <= self.allowed
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """Behind one prompt: logits float32 [V], tokens of the greedy answer, tokens reused."""
+
+    logits: mx.array
+    answer: tuple[int, ...]
+    reused: int
+
+
+def prompts(model: Model, messages: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The prompts of a conversation: what was sent at each turn. Raises `RequestError` if there is none."""
+    messages = list(messages)
+    ends = [i for i, m in enumerate(messages) if m.get("role") in ("user", "tool")]
+    last = [i for i in ends if i + 1 not in ends]
+    found = [messages[: i + 1] for i in last if any(m.get("role") == "user" for m in messages[: i + 1])]
+    if not found:
+        raise RequestError("conversation: expected at least one message of the user, got none")
+    return found
+
+
+def verify(model: Model, messages: Sequence[dict[str, Any]] = CONVERSATION) -> Iterator[Way]:
+    """Replay a conversation in every way, and compare each with a cold run. Raises `RequestError`, `TemplateError`."""
+    turns = prompts(model, messages)
+    tokens = [model.tokenizer.encode(model.template.render(prepare(turn))) for turn in turns]
+    budget = model.store.budget
+    decoded = DECODED[model.dtype]
+
+    def fresh(disk: Disk | None = None) -> Model:
+        other = Model(model.decoder, model.folder, model.name)
+        other.store = Store(model.store.fingerprint, budget, disk)
+        return other
+
+    cold = [_behind(fresh().session(), prompt) for prompt in tokens]
+
+    def way(name: str, allowed: float, results: Sequence[_Result]) -> Way:
+        pairs = list(zip(results, cold, strict=True))
+        return Way(
+            name,
+            len(tokens),
+            sum(map(len, tokens)),
+            sum(result.reused for result in results),
+            max(_error(result.logits, expected.logits) for result, expected in pairs),
+            allowed,
+            all(result.answer == expected.answer for result, expected in pairs),
+        )
+
+    yield way("cold, again", 0.0, [_behind(fresh().session(), prompt) for prompt in tokens])
+
+    warm = fresh()
+    yield way("warm: one call after the other", 0.0, [_behind(warm.session(), prompt) for prompt in tokens])
+
+    session = fresh().session()
+    yield way("one session", 0.0, [_behind(session, prompt) for prompt in tokens])
+
+    yield way("forked", 0.0, list(_each(fresh(), tokens, lambda s: s.fork())))
+
+    def rewound(session: Session) -> Session:
+        here = list(session.tokens)
+        starts = boundaries(here, session.model.message_start)
+        session.sync([*here, *here[-1:] * 5])
+        session.rewind(starts[-1] if starts else len(here) // 2)
+        return session
+
+    yield way("rewound", 0.0, list(_each(fresh(), tokens, rewound)))
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def restored() -> Iterator[_Result]:
+            for prompt in tokens:
+                other = fresh(Disk(Path(folder), model.store.fingerprint, budget))
+                yield _behind(other.session(), prompt)
+                other.store.close()
+
+        yield way("from disk, a process for each", 0.0, list(restored()))
+
+    answers = [list(prompt) + list(result.answer) for prompt, result in zip(tokens, cold, strict=True)]
+    read = [fresh().session() for _ in answers]
+    for each, sequence in zip(read, answers, strict=True):
+        each.sync(sequence)
+    yield Way(
+        "decoded against read",
+        len(tokens),
+        sum(map(len, answers)),
+        0,
+        max(
+            _error(_decoded(fresh(), p, r.answer), s.logits)
+            for p, r, s in zip(tokens, cold, read, strict=True)
+        ),
+        decoded,
+        True,
+    )
+
+    requests = [Request(turn, max_tokens=ANSWER, sampling=Sampling(temperature=0)) for turn in turns]
+    together = generate_batch(fresh(), requests)
+    equal = [done.tokens == result.answer for done, result in zip(together, cold, strict=True)]
+    yield Way("batched with others", len(tokens), sum(map(len, tokens)), 0, 0.0, 0.0, all(equal))
+
+    for form in ("reference", "portable", *(["metal"] if metal.available() else [])):
+        with force(form):
+            results = [_behind(fresh().session(), prompt) for prompt in tokens]
+        yield way(f"all operations {form}", decoded, results)
+
+
+def _each(
+    model: Model, tokens: Sequence[list[int]], change: Callable[[Session], Session]
+) -> Iterator[_Result]:
+    """One session that `change` is done to before every prompt but the first."""
+    session = model.session()
+    for index, prompt in enumerate(tokens):
+        if index:
+            session = change(session)
+        yield _behind(session, prompt)
+
+
+def _behind(session: Session, prompt: list[int]) -> _Result:
+    """Sync to a prompt, and decode an answer on a fork, so that the timeline stays at the prompt."""
+    reuse = session.sync(prompt)
+    logits = session.logits
+    fork, answer = session.fork(), list[int]()
+    allowed = mx.array(session.model.tokenizer.token_mask(session.model.config.vocab))
+    for _ in range(ANSWER):
+        token = mx.argmax(mx.where(allowed, fork.logits, -mx.inf))
+        number = token.item()
+        assert isinstance(number, int)
+        answer.append(number)
+        if answer[-1] in session.model.stop_tokens:
+            break
+        fork.feed(token)
+    return _Result(logits, tuple(answer), reuse.cached)
+
+
+def _decoded(model: Model, prompt: list[int], answer: Sequence[int]) -> mx.array:
+    """The logits behind a prompt that was read and an answer that was fed token by token."""
+    session = model.session()
+    session.sync(prompt)
+    for token in answer:
+        session.feed(mx.array(token))
+    return session.logits
+
+
+def _error(got: mx.array, expected: mx.array) -> float:
+    size = mx.sqrt(mx.mean(mx.square(expected)))
+    return float(mx.sqrt(mx.mean(mx.square(got - expected))) / mx.maximum(size, 1e-30))

@@ -1,0 +1,162 @@
+"""`moelocal verify`: right on a right engine, and loud about every fault that is planted in it."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import pytest
+
+import moelocal
+from moelocal.cache.layers import AttentionCache
+from moelocal.cache.snapshot import Snapshot
+from moelocal.cli import main
+from moelocal.errors import RequestError
+from moelocal.evaluate.verify import CONVERSATION, DECODED, prompts, verify
+
+
+@pytest.fixture(scope="module")
+def model() -> moelocal.Model:
+    return moelocal.load()
+
+
+def wrong(model: moelocal.Model) -> set[str]:
+    return {way.name for way in verify(model, CONVERSATION[1:4]) if not way.right}
+
+
+def test_every_way_gives_what_a_cold_run_gives(model):
+    ways = list(verify(model))
+    assert [way.name for way in ways if not way.right] == []
+    reused = {way.name: way.reused for way in ways}
+    whole = ways[0].tokens
+    warm = (
+        "warm: one call after the other",
+        "one session",
+        "forked",
+        "rewound",
+        "from disk, a process for each",
+    )
+    assert all(0 < reused[name] < whole for name in warm)
+    # of three prompts, all but the first find what the one before left
+    assert len({reused[name] for name in warm}) == 1
+
+
+def test_prompts_are_what_was_sent_at_each_turn(model):
+    turns = prompts(model, CONVERSATION)
+    assert [len(turn) for turn in turns] == [2, 4, 6]
+    tools = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": []},
+        {"role": "tool", "content": "rain"},
+        {"role": "tool", "content": "12 degrees"},
+    ]
+    assert [len(turn) for turn in prompts(model, tools)] == [1, 4]
+
+
+def state_lost(monkeypatch):
+    """The recurrent state of a snapshot is not the one of its position."""
+    restore = Snapshot.restore
+
+    def lost(self, segments):
+        cache = restore(self, segments)
+        recurrent = next(layer for layer in cache.layers if not isinstance(layer, AttentionCache))
+        recurrent.state = recurrent.state * 0.999
+        return cache
+
+    monkeypatch.setattr(Snapshot, "restore", lost)
+
+
+def conv_lost(monkeypatch):
+    restore = Snapshot.restore
+
+    def lost(self, segments):
+        cache = restore(self, segments)
+        recurrent = next(layer for layer in cache.layers if not isinstance(layer, AttentionCache))
+        recurrent.conv = mx.zeros_like(recurrent.conv)
+        return cache
+
+    monkeypatch.setattr(Snapshot, "restore", lost)
+
+
+def position_off(monkeypatch):
+    restore = Snapshot.restore
+
+    def off(self, segments):
+        cache = restore(self, segments)
+        cache.position += 1
+        return cache
+
+    monkeypatch.setattr(Snapshot, "restore", off)
+
+
+@pytest.mark.parametrize("plant", [state_lost, conv_lost])
+def test_a_planted_fault_is_found(model, monkeypatch, plant):
+    plant(monkeypatch)
+    found = wrong(model)
+    assert {"warm: one call after the other", "from disk, a process for each"} <= found
+    assert "cold, again" not in found
+
+
+def test_a_wrong_position_does_not_even_get_so_far(model, monkeypatch):
+    position_off(monkeypatch)
+    with pytest.raises(RequestError, match=r"snapshot: expected the \d+ tokens of the timeline"):
+        wrong(model)
+
+
+def test_a_form_of_an_operation_that_computes_something_else_is_found(model, monkeypatch):
+    from moelocal.ops.norm import rms_norm
+
+    reference = rms_norm.reference
+    monkeypatch.setattr(rms_norm, "reference", lambda x, *rest: reference(x, *rest) * 1.01)
+    assert wrong(model) == {"all operations reference"}
+
+
+def test_the_command_prints_a_table_and_json(capsys):
+    assert main(["verify", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    ways = json.loads(lines[-1])["ways"]
+    assert len(ways) == len(lines) - 2 and all(way["right"] for way in ways)
+    assert any(line.startswith("one session ") and "same bits" in line for line in lines)
+
+
+def test_the_command_fails_loudly(capsys, monkeypatch):
+    state_lost(monkeypatch)
+    assert main(["verify"]) == 1
+    out, err = capsys.readouterr()
+    assert "WRONG" in out
+    assert err.startswith("moelocal: error: not what a cold run gives: warm: one call after the other; ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("{", "expected JSON in UTF-8"),
+        ("{}", "expected a chat saved with /save, or a JSON list of messages"),
+        ("[1]", "expected a chat saved with /save, or a JSON list of messages"),
+        ("[]", "conversation: expected at least one message of the user, got none"),
+    ],
+)
+def test_a_bad_conversation_is_one_line(tmp_path, capsys, content, message):
+    path = tmp_path / "chat.json"
+    if content is not None:
+        path.write_text(content)
+    assert main(["verify", "--conversation", str(path)]) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_a_saved_chat_can_be_replayed(tmp_path, capsys):
+    path = tmp_path / "chat.json"
+    messages = list(CONVERSATION[1:3])
+    path.write_text(json.dumps({"system": "Be brief.", "messages": messages}))
+    assert main(["verify", "--conversation", str(path)]) == 0
+
+
+def test_the_bound_for_decoded_tokens_is_not_met_by_other_weights(model):
+    """Else it would say nothing."""
+    other = moelocal.load(dtype="bfloat16")
+    tokens = model.tokenizer.encode(model.template.render(list(CONVERSATION)))
+    a, b = model(mx.array([tokens]), rows=1), other(mx.array([tokens]), rows=1)
+    off = mx.sqrt(mx.mean(mx.square(a - b))) / mx.sqrt(mx.mean(mx.square(a)))
+    assert off.item() > DECODED[mx.float32]
