@@ -4,6 +4,11 @@ A message says where, what was expected, what was found and what to do; the comm
 and exits with 1. Anything else that escapes is a bug of ours.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 
 class MoelocalError(Exception):
     """Base of all errors raised by this library."""
@@ -41,5 +46,25 @@ class ContextOverflow(RequestError):
     """The prompt and the tokens asked for do not fit into the context of the model."""
 
 
+class MemoryOverflow(RequestError):
+    """The model, its state for so many tokens and the work on them do not fit into the memory of the machine."""
+
+
 class NumericsError(MoelocalError):
     """The model produced NaN or infinite logits, or a kernel differs from its reference."""
+
+
+class BatchError(MoelocalError):
+    """Some prompts of a batch failed while they were answered; it is raised after all others are done.
+
+    `errors`: by the number of the prompt, from 0. `completions`: one per prompt, None where it failed; empty if the
+    answers were streamed.
+    """
+
+    def __init__(self, count: int, errors: Mapping[int, MoelocalError]) -> None:
+        self.errors = dict(errors)
+        self.completions: Sequence[Any] = ()
+        first = min(self.errors)
+        super().__init__(
+            f"{len(self.errors)} of {count} prompts failed; number {first}: {self.errors[first]}"
+        )

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from moelocal.cache import Cache
+from moelocal.cache import Cache, RecurrentCache
+from moelocal.cache.ragged import Rows
 from moelocal.checkpoint.scope import Checkpoint
 from moelocal.config import ModelConfig
 from moelocal.errors import RequestError
@@ -99,6 +100,34 @@ class Decoder:
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block.step(x, layer, position, length, now)
         cache.advance(1)
+        return self.logits(x)
+
+    def step_rows(self, tokens: mx.array, rows: Rows) -> mx.array:
+        """One token for each of several timelines, int [B, 1] -> logits float32 [B, 1, V].
+
+        Raises `RequestError` for another shape, or more rows than one product computes as it computes a single one.
+        """
+        count = len(rows.caches)
+        if tokens.shape != (count, 1) or not 0 < count < MANY_ROWS:
+            raise RequestError(
+                f"tokens: expected one for each of {count} rows, at most {MANY_ROWS - 1}, got {list(tokens.shape)}"
+            )
+        if forced() not in (
+            "auto",
+            "metal",
+        ):  # a form that was asked for evaluates each row as it would alone
+            each = zip(mx.split(tokens, count), rows.apart(), strict=True)
+            return mx.concatenate([self(token, cache) for token, cache in each])
+        layers = rows.together()
+        positions = [cache.position for cache in rows.caches]
+        position, lengths = mx.array(positions), [mx.array(p + 1) for p in positions]
+        x, now = self.embed(tokens), setting()
+        for block, layer in zip(self.blocks, layers, strict=True):
+            if isinstance(layer, RecurrentCache):
+                x = block.step(x, layer, position, position, now)
+            else:
+                x = block.step_rows(x, layer, position, lengths, now)
+        rows.advance(1)
         return self.logits(x)
 
     def embed(self, tokens: mx.array) -> mx.array:

@@ -8,6 +8,7 @@ import pytest
 
 import moelocal
 from moelocal.cache import Store
+from moelocal.engine.chunks import STRIDE
 from moelocal.engine.session import Session
 from moelocal.errors import NumericsError, RequestError
 
@@ -104,14 +105,43 @@ def test_prompts_in_common_are_the_same_bits_warm_and_cold(model):
 
 def test_a_session_goes_on_where_it_is(model):
     session = model.session()
-    tokens = chat(model, [user("Hello!")])
+    tokens = chat(model, [user("Hello!")], add_generation_prompt=False)
     assert session.sync(tokens).source == "nothing"
-    more = tokens + model.tokenizer.encode("I am")
+    more = chat(model, [user("Hello!")])
     reuse = session.sync(more)
     assert (reuse.source, reuse.cached, reuse.miss) == ("live", len(tokens), None)
     assert session.tokens == more
     again = session.sync(more)  # nothing to evaluate: the logits are known
     assert (again.source, again.cached) == ("live", len(more))
+
+
+def test_behind_half_a_chunk_the_whole_chunk_is_evaluated_again(model):
+    session = model.session()
+    tokens = chat(model, [user("Hello!")])
+    session.sync(tokens)
+    more = tokens + model.tokenizer.encode("I think so.")
+    reuse = session.sync(more)  # from where the answer begins: a cold run has no cut behind <think>
+    boundary = len(chat(model, [user("Hello!")], add_generation_prompt=False))
+    assert (reuse.source, reuse.cached, reuse.miss) == ("live", boundary, None)
+    np.testing.assert_array_equal(np.array(session.logits), cold(model, more))
+
+
+def test_an_answer_of_one_token_leaves_no_state_inside_a_chunk(model):
+    tokens = chat(model, [user("Hello!")])
+    moelocal.generate(model, [user("Hello!")], max_tokens=1, sampling=GREEDY)
+    other = model.session()
+    other.sync(tokens + model.tokenizer.encode("I think so."))
+    np.testing.assert_array_equal(np.array(other.logits), cold(model, other.tokens))
+
+
+def test_a_text_without_messages_goes_on_from_a_multiple_of_the_stride(model):
+    session = model.session()
+    text = [5 + n % 90 for n in range(STRIDE + 300)]
+    session.sync(text)
+    other = model.session()
+    reuse = other.sync([*text, 7, 8])
+    assert (reuse.source, reuse.cached, reuse.miss) == ("memory", STRIDE, None)
+    np.testing.assert_array_equal(np.array(other.logits), cold(model, other.tokens))
 
 
 def test_what_generate_fed_belongs_to_the_timeline(model):
@@ -244,7 +274,7 @@ def test_a_saved_session_goes_on_in_another_process(model, tmp_path):
     fresh = moelocal.Model(model.decoder, model.folder, model.name)  # with a store of its own
     other = Session.load(tmp_path / "chat.session", fresh)
     assert other.tokens == session.tokens
-    following = [*session.tokens, *model.tokenizer.encode("\n")]
+    following = [*session.tokens, model.message_start]
     assert session.sync(following).cached == other.sync(following).cached == len(following) - 1
     np.testing.assert_array_equal(np.array(other.logits), np.array(session.logits))
 
@@ -299,8 +329,14 @@ def test_a_volatile_line_in_the_system_prompt_is_named(model):
     assert "Mon" in found.before and "Fri" in found.now
 
 
+def test_unrelated_prompts_miss_nothing(model):
+    ask(model, [SYSTEM, user("Sort: pear, fig")])
+    assert ask(model, [SYSTEM, user("What is 12 + 7?")]).usage.miss is None
+    assert ask(model, "Hello!").usage.miss is None
+
+
 def test_an_edited_message_is_named(model):
-    found = miss(model, [SYSTEM, user("Sort: pear, fig")], [SYSTEM, user("Sort: pear, apple")])
+    found = miss(model.session(), [SYSTEM, user("Sort: pear, fig")], [SYSTEM, user("Sort: pear, apple")])
     assert found.cause == "edited"
     tokens = chat(model, [SYSTEM, user("Sort: pear, apple")])
     assert 0 < found.position < len(tokens)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakSet
 
 import mlx.core as mx
 
@@ -10,15 +12,35 @@ from moelocal.cache.layers import AttentionCache, LayerCache, RecurrentCache
 from moelocal.config import AttentionSpec, ModelConfig
 from moelocal.errors import RequestError
 
+Chunks = Sequence[tuple[int, int]]
+"""How positions were evaluated, from the first on: numbers of chunks, each with the tokens in every one of them."""
+
+
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class Mark:
+    """A position of a timeline to come back to. Holds the recurrent states of that position by reference, in the order
+    of the layers, and no keys and values: those the timeline still has."""
+
+    position: int
+    states: tuple[tuple[mx.array | None, mx.array | None], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, shared with the timeline until that has gone on."""
+        return sum(array.nbytes for pair in self.states for array in pair if array is not None)
+
 
 class Cache:
     """The caches of all layers and the one `position` (tokens evaluated) that they share.
 
     With `padding` the batch holds one row per entry, each preceded by that many padding tokens, which are evaluated
     with the rest but seen by nothing; `position` counts them.
+
+    `chunks` says how they were evaluated: what a layer holds at a position depends, in its last bits, on the chunk that
+    the position was evaluated in.
     """
 
-    __slots__ = ("layers", "padding", "position")
+    __slots__ = ("_marks", "chunks", "layers", "padding", "position")
 
     def __init__(self, config: ModelConfig, padding: Sequence[int] | None = None) -> None:
         if padding is not None and (not padding or min(padding) < 0):
@@ -29,10 +51,65 @@ class Cache:
         ]
         self.padding = mx.array(list(padding)) if padding is not None and any(padding) else None
         self.position = 0
+        self.chunks: list[tuple[int, int]] = []
+        self._marks: WeakSet[Mark] = WeakSet()
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerCache], chunks: Chunks) -> Cache:
+        """The timeline without padding whose layers hold what was evaluated in these chunks."""
+        cache = cls.__new__(cls)
+        cache.layers, cache.padding, cache.chunks, cache._marks = list(layers), None, list(chunks), WeakSet()
+        cache.position = sum(count * size for count, size in cache.chunks)
+        return cache
 
     def advance(self, count: int) -> None:
         """Note that `count` more tokens were evaluated by every layer."""
         self.position += count
+        number, size = self.chunks.pop() if self.chunks else (0, count)
+        if size == count:
+            self.chunks.append((number + 1, size))
+        else:
+            self.chunks += (number, size), (1, count)
+
+    @property
+    def _recurrent(self) -> list[RecurrentCache]:
+        return [layer for layer in self.layers if isinstance(layer, RecurrentCache)]
+
+    def mark(self) -> Mark:
+        """The position now, to `rewind` to later. Costs no copy; whoever holds it keeps the states of then."""
+        mark = Mark(self.position, tuple((layer.conv, layer.state) for layer in self._recurrent))
+        self._marks.add(mark)
+        return mark
+
+    def rewind(self, mark: Mark) -> None:
+        """Go back to `mark`: one of this timeline, or made before this one was forked from that one.
+
+        Marks behind it are of no more use. Raises `RequestError` for those and for marks of other timelines.
+        """
+        if mark not in self._marks:
+            raise RequestError(
+                f"rewind: this timeline of {self.position} tokens has no such mark at {mark.position}: it is another "
+                "timeline's, or was left behind by a rewind to before it"
+            )
+        for layer in self.layers:
+            if isinstance(layer, AttentionCache):
+                layer.cut(mark.position)
+        for recurrent, (conv, state) in zip(self._recurrent, mark.states, strict=True):
+            recurrent.conv, recurrent.state = conv, state
+        while self.position > mark.position:
+            number, size = self.chunks.pop()
+            kept = max(number - (self.position - mark.position) // size, 0)
+            self.position -= (number - kept) * size
+            if kept:
+                self.chunks.append((kept, size))
+        self._marks = WeakSet(each for each in self._marks if each.position <= mark.position)
+
+    def fork(self) -> Cache:
+        """A timeline that goes on from here on its own. Keys and values are shared until one of both is written to;
+        MLX then copies them for the one."""
+        other = Cache.of([layer.fork() for layer in self.layers], self.chunks)
+        other.padding, other._marks = self.padding, WeakSet(self._marks)
+        return other
 
     @property
     def arrays(self) -> list[mx.array]:

@@ -1,11 +1,13 @@
 """Where a prompt is cut into chunks.
 
-The cuts depend on the tokens before them alone. So a prompt that goes on from stored state is evaluated in the same
-chunks, by the same arithmetic, as one that is read from its beginning, and the results are the same bits.
+Whether there is a cut depends on the position and the token behind it alone. So a prompt that goes on from stored state
+is evaluated in the same chunks, by the same arithmetic, as one that is read from its beginning, and the results are the
+same bits.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Final
 
@@ -25,7 +27,19 @@ def message_start(tokenizer: Tokenizer) -> int | None:
 
 def boundaries(tokens: Sequence[int], start: int | None) -> list[int]:
     """Positions at which a message begins and another ended, in order."""
-    return [position for position, token in enumerate(tokens) if position and token == start]
+    if start is None:
+        return []
+    found, position = list[int](), 0
+    with contextlib.suppress(ValueError):  # no more of them; `index` compares faster than a loop does
+        while True:
+            position = tokens.index(start, position + 1)
+            found.append(position)
+    return found
+
+
+def is_cut(tokens: Sequence[int], position: int, start: int | None) -> bool:
+    """Whether a chunk ends at `position`, as in `cuts`."""
+    return position == len(tokens) or position % STRIDE == 0 or tokens[position] == start
 
 
 def cuts(tokens: Sequence[int], start: int | None) -> list[int]:

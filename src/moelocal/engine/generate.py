@@ -126,6 +126,7 @@ def stream(
             following = _following(model, prompt, done, thinking, tools)
             if following:
                 session.sync(following)
+                session.keep()
 
     return events()
 
@@ -183,11 +184,10 @@ def _read(
     tokens = model.tokenizer.encode(text)
     if not tokens:
         raise RequestError("prompt: expected at least one token, got an empty text")
-    outside = [t for t in tokens if t >= model.config.vocab]
-    if outside:
-        raise RequestError(
-            f"token {outside[0]} is outside the model's {model.config.vocab} rows: foreign tokenizer?"
-        )
+    vocab = model.config.vocab
+    if max(tokens) >= vocab:
+        outside = next(token for token in tokens if token >= vocab)
+        raise RequestError(f"token {outside} is outside the model's {vocab} rows: foreign tokenizer?")
     return tokens, parser
 
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,7 @@ import mlx.core as mx
 from moelocal import hub, machine
 from moelocal.cache import Cache, Store
 from moelocal.config import ModelConfig
-from moelocal.engine.chunks import message_start
+from moelocal.engine.chunks import MESSAGE_START, boundaries, message_start
 from moelocal.engine.fingerprint import fingerprint
 from moelocal.engine.reuse import common
 from moelocal.engine.sampling import Sampling
@@ -105,8 +106,24 @@ class Model:
         self._recent.append(list(tokens))
 
     def recent(self, tokens: Sequence[int]) -> list[int]:
-        """Of the last timelines the one that has most in common with `tokens`, the latest of those."""
-        return max(reversed(self._recent), key=lambda timeline: common(timeline, tokens), default=[])
+        """Of the last timelines the one that `tokens` go on from or change: of those with which they share a message
+        besides the system's and the last, or all up to the last, the one with most in common. Empty if there is none:
+        another conversation, which reuses what it can and misses nothing."""
+        now = self._messages(tokens)
+        related = [
+            timeline
+            for timeline in reversed(self._recent)
+            if not set(now[:-1]).isdisjoint(self._messages(timeline))
+            or common(timeline, tokens) >= min(len(timeline), len(tokens) - 1)
+        ]
+        return max(related, key=lambda timeline: common(timeline, tokens), default=[])
+
+    def _messages(self, tokens: Sequence[int]) -> list[tuple[int, ...]]:
+        """The tokens of each message but the system's."""
+        ends = [0, *boundaries(tokens, self.message_start), len(tokens)]
+        messages = [tuple(tokens[a:b]) for a, b in pairwise(ends)]
+        system = () if self.texts is None else tuple(self.texts.encode(f"{MESSAGE_START}system"))
+        return messages[1:] if system and messages[0][: len(system)] == system else messages
 
     @cached_property
     def _generation(self) -> GenerationDefaults:

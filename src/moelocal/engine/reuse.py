@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from moelocal.engine.chunks import MESSAGE_START, boundaries
+from moelocal.engine.chunks import MESSAGE_START, boundaries, cuts
 from moelocal.text.tokenizer import Tokenizer
 
 Cause = Literal[
@@ -59,13 +59,13 @@ def explain(
     start: int | None,
 ) -> Miss | None:
     """Why only `cached` tokens of the prompt `now` were reused after the timeline `before`; None if all of that
-    timeline was, or as much as a prompt allows, whose last token is always evaluated.
+    timeline was, or as much as a prompt allows: its last token is always evaluated, and chunks are those of a cold run.
 
     `evicted(shared)`: whether a snapshot behind more than the cached, at most `shared` tokens had to make room.
     `start`: the token with which a message begins. Without a tokenizer the texts are empty.
     """
-    shared = common(before, now)
-    if cached >= min(len(before), len(now) - 1):
+    shared, whole = common(before, now), min(len(before), len(now) - 1)
+    if shared >= whole and cached >= max(cut for cut in [0, *cuts(now, start)] if cut <= whole):
         return None
     if shared < min(len(before), len(now)):
         position, cause = shared, _cause(before, now, shared, tokenizer, start)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import mlx.core as mx
 
-from moelocal.cache import saved
-from moelocal.engine.chunks import STRIDE, boundaries, cuts
+from moelocal.cache import Cache, Mark, saved
+from moelocal.cache.snapshot import check
+from moelocal.engine.chunks import STRIDE, boundaries, cuts, is_cut
 from moelocal.engine.reuse import Miss, explain
 from moelocal.errors import RequestError
 
@@ -24,9 +25,6 @@ goes on, is edited, or is answered again."""
 
 SPARSE: Final = 8 * STRIDE
 """Snapshots are also taken at multiples of this, for a conversation that changes far from both ends."""
-
-NEAR: Final = 32
-"""A snapshot at the end of a prompt is worth its bytes only if no boundary is so near."""
 
 Source = Literal["live", "memory", "disk", "nothing"]
 
@@ -46,6 +44,10 @@ class Session:
 
     `tokens`: what was evaluated. What else was ever evaluated is looked for in the snapshots of the model, which all
     its sessions share. Not safe for threads: one call at a time for all sessions of a model.
+
+    A prompt that ends inside a chunk of a longer one was evaluated in another chunk than the longer one is. To give
+    that one the same bits as a cold run, it goes on from a mark where the chunk began. Behind a decoded token the bits
+    are others in any case, and it goes on from the last one.
     """
 
     def __init__(self, model: Model) -> None:
@@ -53,6 +55,7 @@ class Session:
         self.tokens: list[int] = []
         self._cache = model.new_cache()
         self._logits: mx.array | None = None
+        self._mark: Mark | None = None  # where the last chunk began; None behind a decoded token
 
     @property
     def position(self) -> int:
@@ -68,7 +71,8 @@ class Session:
             raise RequestError("tokens: expected at least one, got none")
         tokens = list(tokens)
         model, before = self.model, self.tokens or self.model.recent(tokens)
-        cached, source = self._begin(tokens)
+        with self._whole():
+            cached, source = self._begin(tokens)
 
         def evicted(shared: int) -> bool:
             kept = _kept(tokens, model.message_start) | {len(before)}
@@ -81,20 +85,48 @@ class Session:
         return Reuse(len(tokens), cached, source, miss)
 
     def _begin(self, tokens: list[int]) -> tuple[int, Source]:
-        """Restore the longest beginning that leaves something to evaluate, or to know the logits by."""
-        live = len(self.tokens)
-        if live > len(tokens) - (self._logits is None) or self.tokens != tokens[:live]:
-            live = 0
-        found = self.model.store.find(tokens[:-1])
-        if found is not None and found.position > live:
-            restored = self.model.store.restore(found)
+        """Go back to the longest beginning that leaves something to evaluate, or to know the logits by."""
+        live, store = self._live(tokens), self.model.store
+        found = store.find(tokens[:-1])
+        while found is not None and found.position > live:
+            position = found.position
+            restored = store.restore(found)
             if restored is not None:
-                self._cache, self.tokens, self._logits = restored, tokens[: found.position], None
-                return found.position, found.where
-        if live:
-            return live, "live"
-        self._reset()
-        return 0, "nothing"
+                check(tokens[:position], restored)
+                if self._fits(tokens, restored):
+                    self._reset()
+                    self._cache, self.tokens = restored, tokens[:position]
+                    return position, found.where
+            found = store.find(tokens[: position - 1])
+        if not live:
+            self._reset()
+            return 0, "nothing"
+        if live < len(self.tokens):
+            assert self._mark is not None
+            self._cache.rewind(self._mark)
+            self.tokens, self._logits = tokens[:live], None
+        return live, "live"
+
+    def _live(self, tokens: list[int]) -> int:
+        """How much of the timeline to go on from: all of it, or what is before its last chunk, or nothing."""
+        position = len(self.tokens)
+        if self.tokens == tokens[:position]:
+            if position == len(tokens) and self._logits is not None:
+                return position
+            whole = self._mark is None or is_cut(tokens, position, self.model.message_start)
+            if position < len(tokens) and whole:
+                return position
+        begin, start = 0 if self._mark is None else self._mark.position, self.model.message_start
+        if begin >= len(tokens) or self.tokens[:begin] != tokens[:begin]:
+            return 0
+        # where a chunk of the one ended, one of the other has to; or that place is behind a decoded token
+        return begin if is_cut(tokens, begin, start) or not is_cut(self.tokens, begin, start) else 0
+
+    def _fits(self, tokens: Sequence[int], cache: Cache) -> bool:
+        """Whether a chunk of `tokens` ends where `cache` does, or that is behind a decoded token."""
+        position, start = cache.position, self.model.message_start
+        decoded = cache.chunks[-1][1] == 1 and not is_cut(tokens, position - 1, start)
+        return decoded or is_cut(tokens, position, start)
 
     def _evaluate(self, tokens: list[int]) -> None:
         start = self.model.message_start
@@ -102,13 +134,14 @@ class Session:
         for stop in cuts(tokens, start):
             if stop <= len(self.tokens):
                 continue
+            self._mark = self._cache.mark()
             part = mx.array([tokens[len(self.tokens) : stop]])
             self._logits = self.model(part, self._cache, rows=1)[0, -1]
             # evaluated chunk by chunk: the working memory of one chunk is enough for any prompt
             mx.eval(self._cache.arrays)
             self.tokens = tokens[:stop]
             if stop in kept:
-                self.model.store.put(self.tokens, self._cache)
+                self.keep()
 
     @property
     def logits(self) -> mx.array:
@@ -124,19 +157,27 @@ class Session:
 
     def fed(self, tokens: Sequence[int]) -> None:
         """Note the tokens that were fed since the last `sync`, and keep what they led to."""
-        if min(tokens, default=0) < 0:  # NaN logits: what follows is no state to keep
+        if not tokens:
+            return
+        if min(tokens) < 0:  # NaN logits: what follows is no state to keep
             self._reset()
             return
         with self._whole():
             self.tokens += tokens
+            self._mark = None
             assert self._cache.position == len(self.tokens)
-            self.model.store.put(self.tokens, self._cache)
+            self.keep()
         self.model.remember(self.tokens)
+
+    def keep(self) -> None:
+        """Store a snapshot of the timeline, which ends where a message does, or in a decoded token."""
+        self.model.store.put(self.tokens, self._cache)
 
     def fork(self) -> Session:
         """Another session with the same timeline; each goes on alone. Arrays are shared until one of them writes."""
         other = Session(self.model)
         other.tokens, other._cache, other._logits = list(self.tokens), self._cache.fork(), self._logits
+        other._mark = self._mark
         return other
 
     def rewind(self, position: int | None = None, *, turn: int | None = None) -> Reuse:
@@ -163,6 +204,8 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Write the timeline and its state into one file, whole or not at all.
 
+        What is loaded goes on from its end, also inside a chunk: last bits may then differ from those of a cold run.
+
         Raises `RequestError` if there is nothing to save, or the file cannot be written.
         """
         saved.save(Path(path), self.model.store.fingerprint, self.tokens, self._cache)
@@ -188,12 +231,14 @@ class Session:
 
     def _reset(self) -> None:
         self.tokens, self._cache, self._logits = [], self.model.new_cache(), None
+        self._mark = None
 
 
 def _kept(tokens: Sequence[int], start: int | None) -> set[int]:
     """Where snapshots are taken of a prompt."""
     ends = boundaries(tokens, start)
     kept = {*ends[:1], *ends[-LAST_BOUNDARIES:], *range(SPARSE, len(tokens), SPARSE)}
-    if not ends or len(tokens) - ends[-1] > NEAR:
-        kept.add(len(tokens))
+    last = (len(tokens) - 1) // STRIDE * STRIDE
+    if last > max(ends, default=0):  # a text without messages, or a long one at the end
+        kept.add(last)
     return kept

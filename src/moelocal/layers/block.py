@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -75,13 +75,10 @@ class Block:
         Position and length (position + 1) are arrays: as numbers they would be constants of the compiled function. The
         write into the cache stays outside: with a position that is an array it takes two launches.
         """
-        functions = self._compiled.get(setting)
-        if functions is None:
-            steps = (self._enter, self._leave) if isinstance(self.mixer, Attention) else (self._whole,)
-            functions = self._compiled[setting] = [mx.compile(step) for step in steps]
+        functions = self._functions(setting)
         result: mx.array
         if isinstance(cache, AttentionCache):
-            enter, leave = functions
+            enter, leave, *_ = functions
             q, stored, *gate = enter(x, position)
             result = leave(x, q, cache.append(stored), length, *gate)
             return result
@@ -91,6 +88,39 @@ class Block:
             cache.conv, cache.state = self.mixer.begin(x.shape[0])
         result, cache.conv, cache.state = whole(x, cache.conv, cache.state)
         return result
+
+    def step_rows(
+        self,
+        x: mx.array,
+        caches: Sequence[AttentionCache],
+        positions: mx.array,
+        lengths: Sequence[mx.array],
+        setting: Hashable,
+    ) -> mx.array:
+        """`step` of an attention layer whose rows stand at positions of their own, int32 [B], each with its own cache.
+
+        Every row attends by itself, in the functions that it would run alone; all else is one product for all rows.
+        """
+        enter, _, attend, finish = self._functions(setting)
+        rows = len(caches)
+        q, stored, *gate = enter(x, positions)
+        stored = stored.reshape(2, rows, *stored.shape[1:])
+        parts = zip(caches, lengths, mx.split(q, rows), *(mx.split(g, rows) for g in gate), strict=True)
+        heads = [
+            attend(q_row, cache.append(stored[:, row]), length, *gate_row)
+            for row, (cache, length, q_row, *gate_row) in enumerate(parts)
+        ]
+        result: mx.array = finish(x, mx.concatenate(heads))
+        return result
+
+    def _functions(self, setting: Hashable) -> list[Callable[..., Any]]:
+        """The compiled functions of a step under `setting`; each is traced when it is first called."""
+        functions = self._compiled.get(setting)
+        if functions is None:
+            attention = (self._enter, self._leave, self._attend, self._finish)
+            steps = attention if isinstance(self.mixer, Attention) else (self._whole,)
+            functions = self._compiled[setting] = [mx.compile(step) for step in steps]
+        return functions
 
     def _enter(self, x: mx.array, position: mx.array) -> list[mx.array]:
         assert isinstance(self.mixer, Attention)
@@ -105,8 +135,16 @@ class Block:
         length: mx.array,
         gate: mx.array | None = None,
     ) -> mx.array:
+        return self._finish(x, self._attend(q, buffer, length, gate))
+
+    def _attend(
+        self, q: mx.array, buffer: mx.array, length: mx.array, gate: mx.array | None = None
+    ) -> mx.array:
         assert isinstance(self.mixer, Attention)
-        heads = self.mixer.attend_step(q, buffer, length, gate)
+        return self.mixer.attend_step(q, buffer, length, gate)
+
+    def _finish(self, x: mx.array, heads: mx.array) -> mx.array:
+        assert isinstance(self.mixer, Attention)
         return self.feed_forward(x, self.mixer.epilogue(heads))
 
     def _whole(self, x: mx.array, conv: mx.array, state: mx.array) -> tuple[mx.array, mx.array, mx.array]:

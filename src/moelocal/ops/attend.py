@@ -18,7 +18,7 @@ import numpy as np
 from moelocal.metal import Kernel
 from moelocal.ops import choice
 from moelocal.ops.host import borrow
-from moelocal.ops.op import Op
+from moelocal.ops.op import Op, on_cpu
 
 
 def visible(queries: int, keys: int, hidden: mx.array | None, length: mx.array | None = None) -> mx.array:
@@ -51,6 +51,20 @@ def reference(
     return y.reshape(batch, time, -1).astype(q.dtype)
 
 
+BLOCK: Final = 256
+"""Queries scored at once where scores are stored: their memory grows with this times the keys, and the keys after the
+block are never multiplied."""
+
+FUSED: Final = (64, 72, 80, 96, 128)
+"""Sizes of a head at which MLX's Metal kernels attend to many queries without storing scores. At 192 and 256 it has
+such kernels and takes them for none of our shapes (mlx/backend/metal/scaled_dot_product_attention.cpp)."""
+
+
+def fused(size: int) -> bool:
+    """Whether many queries of heads of this size are attended to without storing scores."""
+    return size in FUSED and not on_cpu()
+
+
 def portable(
     q: mx.array,
     k: mx.array,
@@ -60,13 +74,29 @@ def portable(
     gate: mx.array | None,
     length: mx.array | None = None,
 ) -> mx.array:
-    batch, _, time, _ = q.shape
+    batch, _, time, size = q.shape
+    keys = k.shape[2]
     mask: mx.array | str | None
     if hidden is not None or length is not None:
-        mask = visible(time, k.shape[2], hidden, length)
+        mask = visible(time, keys, hidden, length)
     else:
         mask = "causal" if time > 1 else None
-    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask).swapaxes(1, 2)
+    parts = [(0, time)]
+    if mask == "causal" and not fused(size):
+        parts = [(start, min(start + BLOCK, time)) for start in range(0, time, BLOCK)]
+    y = mx.concatenate(
+        [
+            mx.fast.scaled_dot_product_attention(
+                q[:, :, start:stop],
+                k[:, :, : keys - time + stop],
+                v[:, :, : keys - time + stop],
+                scale=scale,
+                mask=mask,
+            )
+            for start, stop in parts
+        ],
+        axis=2,
+    ).swapaxes(1, 2)
     if gate is not None:
         y = _gated(y, gate)
     return y.reshape(batch, time, -1)
@@ -75,10 +105,6 @@ def portable(
 @mx.compile
 def _gated(y: mx.array, gate: mx.array) -> mx.array:
     return (y.astype(mx.float32) * mx.sigmoid(gate.astype(mx.float32))).astype(y.dtype)
-
-
-BLOCK = 256
-"""Queries scored at once by the host form: the keys after the block are never multiplied."""
 
 
 def host(

@@ -1,0 +1,78 @@
+"""A whole timeline in one file of the user's, to go on from later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import mlx.core as mx
+import numpy as np
+
+from moelocal.cache.cache import Cache
+from moelocal.cache.file import Damaged, Packed, Tensor, read, tensors
+from moelocal.cache.layers import AttentionCache, LayerCache, RecurrentCache, copy
+from moelocal.cache.snapshot import check
+from moelocal.errors import RequestError
+
+VERSION: Final = "1"
+"""Of what is in the file."""
+
+
+def save(path: Path, fingerprint: str, tokens: Sequence[int], cache: Cache) -> None:
+    """Write a timeline and its `tokens` to `path`, atomically. `fingerprint`: as for `Store`.
+
+    Raises `RequestError` if the cache has padding or several rows, does not stand behind `tokens`, or if the file
+    cannot be written.
+    """
+    check(tokens, cache)
+    arrays: dict[str, mx.array] = {}
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, AttentionCache):
+            arrays[f"{index}.stored"] = copy(layer.part(0, cache.position))
+        else:
+            assert layer.conv is not None and layer.state is not None
+            arrays[f"{index}.conv"], arrays[f"{index}.state"] = copy(layer.conv), copy(layer.state)
+    listed = Tensor.of_bytes(np.asarray(tokens, dtype="<i4").tobytes())
+    metadata = {
+        "version": VERSION,
+        "fingerprint": fingerprint,
+        "layers": str(len(cache.layers)),
+        "chunks": json.dumps(cache.chunks),
+    }
+    try:
+        Packed.of({"tokens": listed, **tensors(arrays)}, metadata).write(path)
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def load(path: Path, fingerprint: str) -> tuple[list[int], Cache]:
+    """The tokens and the timeline that `save` wrote.
+
+    Raises `RequestError` if the file cannot be read, is damaged or no such file, or has another fingerprint.
+    """
+    try:
+        metadata, content = read(path)
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror}") from None
+    except Damaged as error:
+        raise RequestError(f"{path}: damaged, or no saved session: {error}") from None
+    version, found = metadata.get("version"), metadata.get("fingerprint")
+    if version != VERSION or "layers" not in metadata:
+        raise RequestError(f"{path}: expected a saved session of version {VERSION}, got version {version}")
+    if found != fingerprint:
+        raise RequestError(
+            f"{path}: saved with other weights, settings or another version of moelocal or MLX: expected "
+            f"{fingerprint}, got {found}; read its messages again in a new session"
+        )
+    tokens: list[int] = np.frombuffer(content["tokens"].data, "<i4").tolist()
+    layers: list[LayerCache] = []
+    for index in range(int(metadata["layers"])):
+        if stored := content.get(f"{index}.stored"):
+            layers.append(AttentionCache.joined([stored.array()], len(tokens)))
+        else:
+            layers.append(RecurrentCache(content[f"{index}.conv"].array(), content[f"{index}.state"].array()))
+    cache = Cache.of(layers, [(number, size) for number, size in json.loads(metadata["chunks"])])
+    mx.eval(cache.arrays)
+    return tokens, cache
