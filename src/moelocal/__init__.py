@@ -9,7 +9,9 @@ from moelocal import machine as _machine  # noqa: F401  first: it sets what MLX 
 from moelocal.engine.completion import Completion, Event, Timing, TokenLogprob, Usage
 from moelocal.engine.generate import generate, stream
 from moelocal.engine.load import Model, load
+from moelocal.engine.reuse import Miss
 from moelocal.engine.sampling import Sampling
+from moelocal.engine.session import Session
 from moelocal.errors import MoelocalError
 from moelocal.text.tool_calls import ToolCall
 
@@ -17,9 +19,11 @@ __version__ = "0.1.0"
 __all__ = [
     "Completion",
     "Event",
+    "Miss",
     "Model",
     "MoelocalError",
     "Sampling",
+    "Session",
     "Timing",
     "TokenLogprob",
     "ToolCall",

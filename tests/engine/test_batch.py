@@ -515,3 +515,19 @@ def test_a_chain_of_bookkeeping_would_be_noticed(monkeypatch):
 @pytest.mark.slow
 def test_20000_steps_of_a_batch_hold_live_arrays_and_graph_depth_flat(monkeypatch):
     assert_flat(long_batch(monkeypatch, steps=20_000, every=2_100))
+
+
+def test_generate_takes_a_list_of_prompts(model):
+    greedy = moelocal.Sampling(temperature=0)
+    prompts = ["Hello!", "What is 12 + 7?", "Sort these words: pear, apple, fig"]
+    together = moelocal.generate(model, prompts, sampling=greedy, max_tokens=20)
+    alone = [moelocal.generate(model, prompt, sampling=greedy, max_tokens=20) for prompt in prompts]
+    assert [done.tokens for done in together] == [done.tokens for done in alone]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    again = moelocal.generate(model, chats, sampling=greedy, max_tokens=20)
+    assert [done.tokens for done in again] == [done.tokens for done in alone]
+
+
+def test_a_session_takes_one_prompt(model):
+    with pytest.raises(RequestError, match="prompt: a session takes one prompt, got a list of them; pass the model"):
+        moelocal.generate(model.session(), ["a", "b"])

@@ -97,7 +97,9 @@ class Counting:
 
     def __init__(self, decoder, calls):
         self.decoder, self.calls = decoder, calls
-        self.config, self.new_cache = decoder.config, decoder.new_cache
+
+    def __getattr__(self, name):
+        return getattr(self.decoder, name)
 
     def __call__(self, tokens, cache=None, rows=None):
         self.calls.append(tokens.shape)

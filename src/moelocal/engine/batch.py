@@ -151,7 +151,7 @@ class _Row:
     @property
     def cache(self) -> Cache:
         """Where its tokens were evaluated."""
-        return self.session._cache
+        return self.session.cache
 
     def choose(self, logits: mx.array) -> None:
         """The next step from logits float32 [V], not evaluated."""

@@ -10,13 +10,14 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypedDict, Unpack, cast, overload
 
 import mlx.core as mx
 
 from moelocal.engine.chunks import boundaries
 from moelocal.engine.completion import Completion, Event, FinishReason, Timing, TokenLogprob, Usage
 from moelocal.engine.load import Model
+from moelocal.engine.plan import fit
 from moelocal.engine.sampling import BAD_LOGITS, Sampler, Sampling, log_probabilities
 from moelocal.engine.session import Reuse, Session
 from moelocal.errors import ContextOverflow, NumericsError, RequestError, TemplateError
@@ -30,35 +31,45 @@ MOST_TOKENS: Final = 32_768
 """Tokens of an answer when `max_tokens` is not given: what the model cards recommend."""
 
 Prompt = str | Sequence[Mapping[str, Any]]
+Prompts = list[str] | list[Sequence[Mapping[str, Any]]]
 
 
+class Options(TypedDict, total=False):
+    """The settings of an answer, as `stream` describes them."""
+
+    max_tokens: int | None
+    sampling: Sampling | None
+    stop: Sequence[str]
+    seed: int | None
+    thinking: bool | None
+    tools: Sequence[Mapping[str, Any]] | None
+    logprobs: int | None
+    raw: bool
+
+
+@overload
+def generate(model: Model | Session, prompt: Prompt, **options: Unpack[Options]) -> Completion: ...
+@overload
+def generate(model: Model | Session, prompt: Prompts, **options: Unpack[Options]) -> list[Completion]: ...
 def generate(
-    model: Model | Session,
-    prompt: Prompt,
-    *,
-    max_tokens: int | None = None,
-    sampling: Sampling | None = None,
-    stop: Sequence[str] = (),
-    seed: int | None = None,
-    thinking: bool | None = None,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    logprobs: int | None = None,
-    raw: bool = False,
-) -> Completion:
-    """The whole answer to `prompt`. Arguments and errors as of `stream`."""
+    model: Model | Session, prompt: Prompt | Prompts, **options: Unpack[Options]
+) -> Completion | list[Completion]:
+    """The whole answer to `prompt`; to a list of prompts the answers in their order, decoded together: each is what it
+    is alone, by the rule that `engine/batch.py` states.
+
+    Arguments and errors as of `stream`; of several prompts an error names which one, and what goes wrong with one of
+    them while it is answered raises `BatchError` when the others are done, with their completions. A `Session` is one
+    timeline, and takes one prompt.
+    """
+    if not isinstance(prompt, str) and prompt and not isinstance(prompt[0], Mapping):
+        from moelocal.engine.batch import Request, generate_batch  # here: it builds on this file
+
+        if isinstance(model, Session):
+            raise RequestError("prompt: a session takes one prompt, got a list of them; pass the model")
+        requests = [Request(each, **options) for each in cast(Sequence[Prompt], prompt)]
+        return generate_batch(model, requests)
     completion = None
-    for event in stream(
-        model,
-        prompt,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        stop=stop,
-        seed=seed,
-        thinking=thinking,
-        tools=tools,
-        logprobs=logprobs,
-        raw=raw,
-    ):
+    for event in stream(model, cast(Prompt, prompt), **options):
         completion = event.completion
     assert completion is not None  # the last event of a stream has it
     return completion
@@ -90,7 +101,7 @@ def stream(
     token, 0 for the sampled token alone, None for none.
 
     Everything is checked here, before the first event is asked for. Raises `RequestError`, `ContextOverflow`,
-    `TokenizerError`, `TemplateError`, `ConfigError`; while streaming, `NumericsError`.
+    `MemoryOverflow`, `TokenizerError`, `TemplateError`, `ConfigError`; while streaming, `NumericsError`.
     """
     started = time.perf_counter()
     lasting = isinstance(model, Session)
@@ -104,6 +115,7 @@ def stream(
         raise ContextOverflow(
             f"the prompt has {len(tokens)} tokens, the context of {model.name} {model.config.context}; shorten it"
         )
+    asked = max_tokens is not None
     if max_tokens is None:
         max_tokens = MOST_TOKENS
     elif not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
@@ -112,7 +124,8 @@ def stream(
     mask = model.tokenizer.token_mask(model.config.vocab)
     sampler = Sampler(sampling or model.defaults, token_mask=mask, seed=seed, prompt=tokens)
     answer = _Answer(tokens, Detokenizer(model.tokenizer), parser, model.stop_tokens, started)
-    most, allowed = min(max_tokens, room), mx.array(mask)
+    most = fit(model.decoder, len(tokens), min(max_tokens, room), asked=asked)
+    allowed = mx.array(mask)
 
     def events() -> Generator[Event, None, None]:
         mx.reset_peak_memory()

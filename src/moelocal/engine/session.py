@@ -144,6 +144,11 @@ class Session:
                 self.keep()
 
     @property
+    def cache(self) -> Cache:
+        """The state behind the tokens."""
+        return self._cache
+
+    @property
     def logits(self) -> mx.array:
         """float32 [V] behind the last token. Raises `RequestError` before the first."""
         if self._logits is None:

@@ -254,7 +254,7 @@ attend = Op(
     portable=portable,
     host=host,
     host_when=lambda q, k, v, scale, hidden, gate, length=None: (
-        hidden is None and length is None and q.dtype == mx.float32 and q.shape[2] >= 32
+        hidden is None and length is None and q.dtype == mx.float32 and q.shape[2] > 1
     ),
     metal=metal,
     supports=supports,
