@@ -12,7 +12,6 @@ from typing import Final
 
 import mlx.core as mx
 
-from moelocal import hub
 from moelocal.cache import Cache
 from moelocal.config import ModelConfig
 from moelocal.engine.sampling import Sampling
@@ -85,22 +84,30 @@ def load(
     model: str | Path | None = None,
     *,
     revision: str | None = None,
+    quantization: str = "auto",
     dtype: str | mx.Dtype | None = None,
     offline: bool = False,
     progress: bool = True,
 ) -> Model:
     """Load a model: a folder, a Hugging Face name, or (None) the small embedded demonstration model.
 
-    `revision`: branch, tag or commit of a Hugging Face repository. `dtype` of activations: "float32", "float16",
-    "bfloat16" or an MLX dtype; None takes the checkpoint's own, or float32 on the CPU device. `offline`: open no
-    connection. `progress`: on a terminal, show a bar while downloading and reading.
+    `revision`: branch, tag or commit of a Hugging Face repository. `quantization`: "none" runs the weights as they are;
+    a recipe (a name, or a file: docs/formats.md) quantizes original weights once and keeps the result in the cache of
+    moelocal; "auto" does so with "balanced" or "small" for weights that do not fit this machine's memory. `dtype` of
+    activations: "float32", "float16", "bfloat16" or an MLX dtype; None takes the checkpoint's own, or float32 on the
+    CPU device. `offline`: open no connection. `progress`: say on standard error what takes long, on a terminal with a
+    bar.
 
-    Raises `ModelNotFound`, `ConfigError`, `UnsupportedModel`, `CheckpointError`; `RequestError` for a bad `dtype`.
+    Raises `ModelNotFound`, `ConfigError`, `UnsupportedModel`, `CheckpointError`; `RequestError` for a bad `dtype`, and
+    for weights that do not fit in any way.
     """
     wanted = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and (not isinstance(wanted, mx.Dtype) or wanted not in _DTYPES.values()):
         raise RequestError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
-    folder = hub.resolve(model, revision=revision, offline=offline, progress=progress)
+    # imported here: every import of moelocal would pay for it
+    from moelocal.quantize.once import prepared
+
+    folder = prepared(model, quantization, revision=revision, offline=offline, progress=progress)
     with _layer_bar(progress) as report:
         decoder = Decoder.open(folder, wanted, report)
     return Model(decoder, folder, "embedded" if model is None else str(model))
