@@ -3,7 +3,6 @@
 import json
 import os
 import pty
-import re
 import select
 import signal
 import subprocess
@@ -13,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 
 import moelocal
-from damage import HYBRID
 from moelocal.chat import conversation
 from moelocal.chat.command import FLAGSHIP, SAMPLING_FLAGS
 from moelocal.cli import main
@@ -21,7 +19,6 @@ from moelocal.engine.completion import Completion, Event, Timing, Usage
 from moelocal.engine.sampling import Sampling
 from moelocal.errors import ModelNotFound
 from moelocal.text.tool_calls import ToolCall
-from parity.checkpoints import write
 
 # A program with a model that answers with what it was told, or talks until it is stopped.
 SCRIPTED = """
@@ -321,26 +318,3 @@ def test_a_dialogue_at_a_terminal(tmp_path):
         os.write(ours, b"\x04")
         assert program.wait(timeout=20) == 0
     os.close(ours)
-
-
-def test_inspect(tmp_path, capsys):
-    folder = write(tmp_path / "model", HYBRID)
-    assert main(["inspect", "--model", str(folder)]) == 0
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[:5] == [
-        f"folder {folder}",
-        "architecture qwen3_5_moe",
-        "layers 4: 3 delta net, 1 attention",
-        "feed-forward 4 experts of width 32, 2 per token, and a shared one of width 32",
-        "size hidden 32, vocabulary 96, context 4096",
-    ]
-    assert re.fullmatch(r"text \d+\.\d kB in 3 files", lines[5])
-    assert "left out what the text model does not read" in lines
-    assert any(line.startswith("mtp 19 tensors") for line in lines)
-    assert any(line.startswith("vision 21 tensors") for line in lines)
-    assert lines[-1] == "float32 53 matrices"
-
-
-def test_inspect_what_is_no_model(tmp_path, capsys):
-    assert main(["inspect", "--model", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith(f"moelocal: error: {tmp_path}/config.json: not found")

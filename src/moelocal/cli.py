@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import moelocal
-from moelocal import hub
 from moelocal.chat import command
 from moelocal.chat.keyboard import decode
-from moelocal.chat.program import size
-from moelocal.config import AttentionSpec, ModelConfig, MoESpec
 from moelocal.doctor.command import add_flags, doctor
+from moelocal.evaluate import command as evaluation
 from moelocal.evaluate import verify_command
-from moelocal.survey import Part, survey
+from moelocal.quantize import command as quantization
+from moelocal.quantize import inspect
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "moelocal") -> int:
@@ -42,7 +41,9 @@ def main(arguments: Sequence[str] | None = None, program: str = "moelocal") -> i
     command.add_model_flags(one_shot)
     command.add_answer_flags(one_shot)
 
-    command.add_source_flags(add("inspect", "describe a checkpoint", _inspect))
+    inspect.add_flags(add("inspect", "what a checkpoint is, or would become", inspect.inspect))
+    quantization.add_flags(add("quantize", "make a checkpoint smaller", quantization.run))
+    evaluation.add_flags(add("evaluate", "how far a model is from its original", evaluation.run))
     add_flags(add("doctor", "which kernels this machine uses, and why", doctor))
     verify_command.add_flags(
         add("verify", "prove that warm answers are those of a cold run", verify_command.run)
@@ -69,47 +70,6 @@ def _generate(parsed: argparse.Namespace) -> None:
     for event in moelocal.stream(model, prompt, **options):
         print(event.text, end="", flush=True)
     print()
-
-
-def _inspect(parsed: argparse.Namespace) -> None:
-    """Describe a checkpoint without loading its weights."""
-    folder = hub.resolve(
-        parsed.model, revision=parsed.revision, offline=parsed.offline, progress=sys.stderr.isatty()
-    )
-    found = survey(folder)
-    print(f"folder       {folder}")
-    print(_described(found.config))
-    print(f"text         {size(found.nbytes)} in {found.files} {'file' if found.files == 1 else 'files'}")
-    for part in found.text:
-        print(_row(part))
-    print(f"left out     {'nothing' if not found.left_out else 'what the text model does not read'}")
-    for part in found.left_out:
-        print(_row(part))
-    print("formats")
-    for name, matrices in found.formats:
-        print(f"  {name:<26} {matrices:>6} matrices")
-
-
-def _described(config: ModelConfig) -> str:
-    layers = len(config.layers)
-    attention = sum(isinstance(layer.mixer, AttentionSpec) for layer in config.layers)
-    first = config.layers[0].mlp
-    if isinstance(first, MoESpec):
-        mlp = f"{first.experts} experts of width {first.width}, {first.per_token} per token"
-        if first.shared_width:
-            mlp += f", and a shared one of width {first.shared_width}"
-    else:
-        mlp = f"dense, width {first.width}"
-    return (
-        f"architecture {config.architecture}\n"
-        f"layers       {layers}: {layers - attention} delta net, {attention} attention\n"
-        f"feed-forward {mlp}\n"
-        f"size         hidden {config.hidden}, vocabulary {config.vocab}, context {config.context}"
-    )
-
-
-def _row(part: Part) -> str:
-    return f"  {part.name:<26} {part.tensors:>6} tensors {size(part.nbytes):>10}"
 
 
 def _version(parsed: argparse.Namespace) -> None:

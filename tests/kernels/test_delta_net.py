@@ -31,11 +31,11 @@ UNIT = {mx.float32: 0.0, mx.float16: 2**-10, mx.bfloat16: 2**-7}
 DTYPES = st.sampled_from(list(UNIT))
 
 
-def weights(spec: DeltaNetSpec, dtype: mx.Dtype) -> DeltaNetWeights:
+def weights(spec: DeltaNetSpec, taps: mx.Dtype) -> DeltaNetWeights:
     """Random, from heads that hardly forget to heads that forget at once."""
     return DeltaNetWeights.build(
         spec,
-        conv=mx.random.normal((spec.conv_channels, spec.conv_width, 1)).astype(dtype),
+        conv=mx.random.normal((spec.conv_channels, spec.conv_width, 1)).astype(taps),
         a_log=mx.linspace(-6, 2, spec.value_heads),
         dt_bias=mx.random.normal((spec.value_heads,)),
         norm=mx.random.normal((spec.value_dim,)),
@@ -44,15 +44,21 @@ def weights(spec: DeltaNetSpec, dtype: mx.Dtype) -> DeltaNetWeights:
 
 
 def problem(
-    spec: DeltaNetSpec, batch: int, time: int, dtype: mx.Dtype, scale: float = 1.0
+    spec: DeltaNetSpec,
+    batch: int,
+    time: int,
+    dtype: mx.Dtype,
+    scale: float = 1.0,
+    taps: mx.Dtype | None = None,
 ) -> tuple[Any, ...]:
-    """Arguments as a layer gives them: u, z, b, a are parts of one array; conv and state are not zero."""
+    """Arguments as a layer gives them: u, z, b, a are parts of one array; conv and state are not zero. The weights of
+    the convolution are in `taps`, or in the dtype of the others."""
     channels, heads, values = spec.conv_channels, spec.value_heads, spec.value_heads * spec.value_dim
     cuts = [channels, channels + values, channels + values + heads]
     projected = (mx.random.normal((batch, time, cuts[-1] + heads)) * scale).astype(dtype)
     conv = (mx.random.normal((batch, spec.conv_width - 1, channels)) * scale).astype(dtype)
     state = mx.random.normal((batch, heads, spec.value_dim, spec.key_dim))
-    return *mx.split(projected, cuts, axis=-1), conv, state, None, weights(spec, dtype)
+    return *mx.split(projected, cuts, axis=-1), conv, state, None, weights(spec, taps or dtype)
 
 
 def check(got: Sequence[mx.array], expected: Sequence[mx.array], unit: float) -> None:
@@ -91,17 +97,13 @@ def test_modes(mode: str, spec: DeltaNetSpec, batch: int, time: int, dtype: mx.D
 @given(
     op=st.sampled_from([delta_net, delta_net_states]), batch=st.integers(1, 3), time=st.integers(1, 8),
     key_heads=st.integers(1, 3), ratio=st.integers(1, 3), key_dim=st.integers(4, 80), value_dim=st.integers(8, 80),
-    width=st.integers(2, 5), dtype=DTYPES, seed=st.integers(0, 2**20),
+    width=st.integers(2, 5), dtype=DTYPES, taps=DTYPES, seed=st.integers(0, 2**20),
 )  # fmt: skip
-def test_any_shape(op, batch, time, key_heads, ratio, key_dim, value_dim, width, dtype, seed):
+def test_any_shape(op, batch, time, key_heads, ratio, key_dim, value_dim, width, dtype, taps, seed):
     mx.random.seed(seed)
+    spec = DeltaNetSpec(key_heads, key_heads * ratio, key_dim, value_dim, width)
     with offmetal.options(allow_unwritten=False):
-        compare(
-            op,
-            problem(
-                DeltaNetSpec(key_heads, key_heads * ratio, key_dim, value_dim, width), batch, time, dtype
-            ),
-        )
+        compare(op, problem(spec, batch, time, dtype, taps=taps))
 
 
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(128, 128), (256, 64), (64, 256), (1, 8), (97, 65)])

@@ -41,6 +41,7 @@ def test_modes(mode: str, spec: QuantSpec):
     compare(heavy_tailed(3, spec.group, 4, mx.float32), spec, None, mx.float16)
 
 
+@pytest.mark.parametrize("runner", ["simulator"], indirect=True)  # on a device nobody chooses what is fused
 def test_products_kept_apart_are_what_makes_modes_agree(monkeypatch: pytest.MonkeyPatch):
     """The same text without the barrier gives other bits where multiply and add may be fused."""
     weights, spec = heavy_tailed(8, 128, 4, mx.float32), QuantSpec(8, 128)

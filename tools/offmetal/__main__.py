@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         own, extra = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = _Parser(prog="offmetal", description=__doc__, epilog="what follows -- goes to pytest")
     parser.add_argument("action", choices=("check", "show", "traffic"))
-    parser.add_argument("kernel", help="its name, a .metal file (check only), or tests as pytest takes them")
+    parser.add_argument("kernel", help="its name, its .metal file, or tests as pytest takes them")
     parser.add_argument(
         "--tests", type=Path, help=f"folder of test_<name>.py; default {' or '.join(_FOLDERS)}"
     )
@@ -83,8 +83,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _target(kernel: str, folder: Path | None) -> str:
     """The tests of a kernel, as an argument of pytest."""
     path = Path(kernel.split("::")[0])
-    if path.suffix == ".py" or "/" in kernel:
-        if not path.exists() or path.suffix == ".metal":
+    if path.suffix == ".metal":
+        if not path.exists():
+            raise UsageError(f"{kernel}: no such file")
+        kernel = path.stem  # its text becomes a kernel where its tests launch it
+    elif path.suffix == ".py" or "/" in kernel:
+        if not path.exists():
             raise UsageError(f"{kernel}: no such test file")
         return kernel
     folders = [folder] if folder else [Path(name) for name in _FOLDERS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from offmetal.machine import Buffer, Result
 from offmetal.signature import SMALL, Signature, TemplateValue
 
 _MAX_THREADS: Final = 1024
+_INT: Final = range(-(2**31), 2**31)
+"""What MLX's binding takes for an `int`."""
+_MATH_MODES: Final = ("safe", "relaxed", "fast")
 
 _mlx_metal_kernel: Final[Callable[..., Any]] = mx.fast.metal_kernel
 
@@ -134,9 +138,10 @@ def emulated_kernel(
     compile_options: Any = None,
 ) -> Callable[..., list[mx.array]]:
     """As `mx.fast.metal_kernel`, in the simulator. Its kernels raise `MetalCompileError`, `KernelError`, and
-    `ToolMissing` where there is no clang."""
+    `ToolMissing` where there is no clang. `compile_options` are checked and change nothing."""
     if not output_names:
         raise ValueError("[metal_kernel] Must specify at least one output.")
+    _check_options(compile_options)
     for what, text in (("source", source), ("header", header)):
         if not text.isascii():
             bad = next(character for character in text if not character.isascii())
@@ -201,7 +206,7 @@ class _Kernel:
         size, group = _geometry(grid, threadgroup)
         given = dict(zip(self.inputs, self._arrays(inputs), strict=True))
         dtypes = dict(zip(self.outputs, output_dtypes, strict=True))
-        special = tuple((parameter, value) for parameter, value in template or ())
+        special = _special(template or ())
         signature, library = self._specialised(given, dtypes, special)
         if verbose:
             print(f"Generated source code for `{self.name}`:\n```\n{signature.metal}\n```")
@@ -288,9 +293,10 @@ class _Kernel:
 def _geometry(
     grid: Sequence[int], threadgroup: Sequence[int]
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Both with three positive sizes; a threadgroup is no larger than the grid."""
-    size, group = tuple(map(int, grid)), tuple(map(int, threadgroup))
-    if len(size) != 3 or len(group) != 3 or min(*size, *group) < 1:
+    """Both with three positive sizes; a threadgroup is no larger than the grid. Raises `TypeError`, as MLX's binding
+    does, for what is not three ints of 32 bits."""
+    size, group = _sizes("grid", grid), _sizes("threadgroup", threadgroup)
+    if min(*size, *group) < 1:
         raise ValueError(
             f"[metal_kernel] grid {size} and threadgroup {group} must be three positive numbers each"
         )
@@ -304,6 +310,35 @@ def _geometry(
         min(group[1], size[1]),
         min(group[2], size[2]),
     )
+
+
+def _sizes(what: str, given: Sequence[int]) -> tuple[int, int, int]:
+    sizes = tuple(operator.index(x) for x in given)
+    if len(sizes) != 3 or any(size not in _INT for size in sizes):
+        raise TypeError(f"[metal_kernel] {what} must be three ints of 32 bits, got {sizes}")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _special(template: Sequence[tuple[str, TemplateValue]]) -> tuple[tuple[str, TemplateValue], ...]:
+    """Raises `ValueError`, as MLX's binding does."""
+    for parameter, value in template:
+        if not isinstance(value, mx.Dtype) and not (isinstance(value, int) and value in _INT):
+            raise ValueError(
+                "[metal_kernel] Invalid template argument. Must be `mlx.core.Dtype`, `int` or `bool`. "
+                f"{parameter} is {value!r} (ints have 32 bits)"
+            )
+    return tuple((parameter, value) for parameter, value in template)
+
+
+def _check_options(given: Any) -> None:
+    """Raises `ValueError`, as MLX's binding does."""
+    if not isinstance(given, dict | None):
+        raise ValueError("[metal_kernel] Expected `compile_options` to be a dict.")
+    for option, value in (given or {}).items():
+        if option != "math_mode":
+            raise ValueError(f"[metal_kernel] Unknown compile option `{option}`.")
+        if value not in _MATH_MODES:
+            raise ValueError("[metal_kernel] Expected math_mode to be 'safe', 'relaxed', or 'fast'.")
 
 
 def _problems(result: Result) -> list[str]:

@@ -26,7 +26,7 @@ _SPACES: Final = ("__global", "__local", "__constant", "__private")
 _CASTS: Final = ("CStyleCastExpr", "CXXReinterpretCastExpr", "CXXStaticCastExpr", "CXXFunctionalCastExpr")
 # The library's own classes, whose members are there for every address space.
 _LIBRARY_CLASS: Final = re.compile(
-    r"(metal::)?(vec|bfloat|atomic|__msl|simdgroup|matrix|uniform|array)\b|bfloat|\w+[234](x\d)?$|.*_t$"
+    r"(metal::)?(vec|bfloat|atomic|__msl\w*|simdgroup|matrix|uniform|array)\b|bfloat|\w+[234](x\d)?$|.*_t$"
 )
 _BANNED: Final = {
     "goto": "goto",
@@ -35,6 +35,12 @@ _BANNED: Final = {
     "typeid": "typeid",
     "dynamic_cast": "dynamic_cast",
     "std": "the C++ standard library",
+}
+
+_BANNED_NODES: Final = {
+    "LambdaExpr": "not every version of Metal has lambda expressions",
+    "CXXNoexceptExpr": "Metal does not have the operator noexcept",
+    "GCCAsmStmt": "Metal does not have inline assembly",
 }
 
 _SAY_SPACE: Final = "must say device, constant, threadgroup or thread"
@@ -88,6 +94,8 @@ def _nodes(tree: str, own: set[str]) -> Iterator[_Node]:
 def _in_tree(tree: str, own: set[str]) -> Iterator[Finding]:
     for node in _nodes(tree, own):
         parent = node.parents[-1][0] if node.parents else ""
+        if node.kind in _BANNED_NODES:
+            yield *node.place, _BANNED_NODES[node.kind]
         if node.kind in ("ParmVarDecl", "VarDecl", "FieldDecl"):
             # what the compiler adds itself, such as a copy constructor, says `implicit` before its type
             above = (*(rest for _, rest in node.parents), node.rest)
@@ -97,6 +105,9 @@ def _in_tree(tree: str, own: set[str]) -> Iterator[Finding]:
             name = named[1] if named and named[1] not in ("used", "referenced") else "(unnamed)"
             if _lacks_space(node.type) and not name.startswith("__"):
                 yield *node.place, f"`{name}`: a pointer or reference {_SAY_SPACE}"
+            kept = node.kind == "VarDecl" and re.search(r"' static\b", node.rest)
+            if kept and parent == "DeclStmt" and "__constant" not in node.type:
+                yield *node.place, f"`{name}`: a static variable must be in the constant address space"
             outside = parent in ("", "NamespaceDecl", "TranslationUnitDecl")
             if node.kind == "VarDecl" and outside and "__constant" not in node.type:
                 yield (

@@ -42,6 +42,8 @@ _LANGUAGE: Final = (
     *("-Wno-unknown-attributes", "-Wno-unknown-pragmas", "-Wno-c++20-extensions", "-Wno-c++17-extensions"),
     # the runtime tells call sites apart by the return addresses on the stack
     *("-fno-omit-frame-pointer", "-fno-optimize-sibling-calls"),
+    # locals that nobody wrote are NaN or 0xAA…, where the optimiser would often make them zero
+    "-ftrivial-auto-var-init=pattern",
     # a large frame touches the page below its stack, and not only what lies beyond
     "-fstack-clash-protection",
     # code in the order of the source: the runtime lets the lanes that are behind catch up
@@ -53,8 +55,8 @@ _CHECKED: Final = (
     *("-fsanitize=thread", "-mllvm", "-tsan-instrument-func-entry-exit=0"),
     *("-mllvm", "-tsan-instrument-read-before-write=1"),
     # given to the compiler itself, as the driver does not combine these with -fsanitize=thread
-    *("-Xclang", "-fsanitize=array-bounds,local-bounds,integer-divide-by-zero"),
-    *("-Xclang", "-fsanitize-recover=array-bounds,local-bounds,integer-divide-by-zero"),
+    *("-Xclang", "-fsanitize=alignment,array-bounds,local-bounds,integer-divide-by-zero"),
+    *("-Xclang", "-fsanitize-recover=alignment,array-bounds,local-bounds,integer-divide-by-zero"),
     *("-Xclang", "-fsanitize-minimal-runtime"),
 )
 
@@ -84,7 +86,7 @@ def clang() -> tuple[str, str]:
                 return name, says
     where = f"{named} (OFFMETAL_CLANG) is not" if named else "there is no"
     raise ToolMissing(
-        f"offmetal: {where} clang {_OLDEST} or later: apt install clang-19, brew install llvm, or set OFFMETAL_CLANG"
+        f"offmetal: {where} clang {_OLDEST} or later: apt install clang-19 or set OFFMETAL_CLANG"
     )
 
 

@@ -86,7 +86,9 @@ def load(parsed: argparse.Namespace) -> tuple[Model, dict[str, Any]]:
     model = moelocal.load(
         parsed.model,
         revision=parsed.revision,
+        quantization=parsed.quantization,
         dtype=parsed.dtype,
+        snapshots=parsed.snapshots,
         offline=parsed.offline,
         progress=sys.stderr.isatty(),
     )
@@ -132,7 +134,20 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say how to load a checkpoint."""
     add_source_flags(parser)
+    parser.add_argument(
+        "--quantization",
+        default="auto",
+        metavar="RECIPE",
+        help="quantize original weights once, by a recipe of `moelocal quantize`; none: run them as they are; else "
+        "only if they do not fit",
+    )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the computation")
+    parser.add_argument(
+        "--snapshots",
+        default="0",
+        metavar="SIZE",
+        help="keep states of conversations on disk, up to this size (20GB), so that they go on at once after a restart",
+    )
 
 
 def add_answer_flags(parser: argparse.ArgumentParser) -> None:

@@ -26,13 +26,14 @@ _SHARD: Final = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One stored tensor: its file, safetensors dtype name, shape, and size in bytes."""
+    """One stored tensor: its file, safetensors dtype name, shape, size in bytes, and where in the file it starts."""
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -97,7 +98,7 @@ def read_header(file: Path) -> list[Entry]:
         raise CheckpointError(f"{file}: header: expected a JSON object, got {type(header).__name__}")
     header.pop("__metadata__", None)
     spans = sorted(
-        (_parse(file, name, value, size - 8 - length) for name, value in header.items()), key=lambda s: s[:2]
+        (_parse(file, name, value, 8 + length, size) for name, value in header.items()), key=lambda s: s[:2]
     )
     position = 0
     for begin, end, entry in spans:
@@ -111,8 +112,8 @@ def read_header(file: Path) -> list[Entry]:
     return [entry for _, _, entry in spans]
 
 
-def _parse(file: Path, name: str, value: Any, data: int) -> tuple[int, int, Entry]:
-    """One header entry as (begin, end, Entry); `data` is the number of bytes after the header."""
+def _parse(file: Path, name: str, value: Any, start: int, size: int) -> tuple[int, int, Entry]:
+    """One header entry as (begin, end, Entry); the data begins at byte `start` of `size`."""
     where = f"{file}: {name}"
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: expected an object, got {value!r}")
@@ -123,15 +124,15 @@ def _parse(file: Path, name: str, value: Any, data: int) -> tuple[int, int, Entr
         raise CheckpointError(f"{where}: malformed shape {shape!r} or data_offsets {offsets!r}")
     begin, end = offsets
     nbytes = math.prod(shape) * _ITEM_SIZE[dtype]
-    if end > data:
+    if end > size - start:
         raise CheckpointError(
-            f"{where}: data ends at byte {end} of only {data}: the file is cut off; download it again"
+            f"{where}: data ends at byte {end} of only {size - start}: the file is cut off; download it again"
         )
     if end - begin != nbytes:
         raise CheckpointError(
             f"{where}: {dtype} {shape} takes {nbytes} bytes, the header gives it {end - begin}"
         )
-    return begin, end, Entry(name, file, dtype, tuple(shape), nbytes)
+    return begin, end, Entry(name, file, dtype, tuple(shape), nbytes, start + begin)
 
 
 def _is_sizes(value: Any) -> TypeGuard[list[int]]:

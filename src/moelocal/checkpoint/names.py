@@ -9,19 +9,22 @@
 - `conv1d.weight` [C, 1, W] becomes [C, W, 1]. It alone marks a raw checkpoint, whose norms then get + 1.
 - `model.visual.…`, `vision_tower.…` and `mtp.…` are left out, and counted by kind.
 
-Nothing is read here: each tensor is a `Source`, with a function that makes the (lazy) array when it is asked for.
+Nothing is read here: each tensor is a `Source`, with a function that makes the (lazy) array when it is asked for, or
+reads a part of it by its bytes alone.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from moelocal.checkpoint.files import Entry
 from moelocal.config import DeltaNetSpec, ModelConfig
@@ -42,20 +45,31 @@ _NORMS: Final = (
     "k_norm.weight",
 )
 _DTYPES: Final = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
+_NUMPY: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}  # NumPy has no bfloat16
 _EXPERT: Final = re.compile(r"(layers\.\d+\.mlp)\.experts\.(\d+)\.((?:gate|up|down)_proj\.\w+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One tensor in our layout: shape and dtype known from the headers, `read` makes the lazy array.
+    """One tensor in our layout: shape and dtype known from the headers.
 
-    `stored` are the names in the files that it is made of.
+    `stored` are the names in the files that it is made of; `stacked`: one for each index of axis 0.
     """
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
     stored: tuple[str, ...]
-    read: Callable[[], mx.array]
+    _read: Callable[[int, int | None], mx.array]
+    stacked: bool = False
+
+    def read(self, first: int = 0, last: int | None = None) -> mx.array:
+        """The whole tensor as a lazy array, once; or, with `last`, indices first to last of axis 0, as often as asked:
+        they are read now, and nothing but their bytes is. Raises `CheckpointError`."""
+        return self._read(first, last)
+
+    def needs(self, first: int, last: int) -> tuple[str, ...]:
+        """The stored names that indices first to last of axis 0 are made of."""
+        return self.stored[first:last] if self.stacked else self.stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +88,12 @@ def bare(name: str) -> str:
     return name
 
 
+def mlx_name(name: str, config: ModelConfig) -> str:
+    """A name of ours as mlx-lm writes it for the family."""
+    outer = "language_model." if config.architecture in ("qwen3_5_moe", "qwen3_5") else ""
+    return outer + name if name.startswith("lm_head.") or name == "lm_head" else f"{outer}model.{name}"
+
+
 def kind_of(name: str) -> str:
     """ "text", "vision" or "mtp", from a stored name."""
     if name.startswith(_VISION):
@@ -81,8 +101,9 @@ def kind_of(name: str) -> str:
     return "mtp" if bare(name).startswith("mtp.") else "text"
 
 
-def layout(entries: Mapping[str, Entry], config: ModelConfig) -> Layout:
-    """Bring the tensors of a folder to our names and shapes. Raises `CheckpointError`."""
+def layout(entries: Mapping[str, Entry], config: ModelConfig, split: bool = True) -> Layout:
+    """Bring the tensors of a folder to our names and shapes; without `split`, the interleaved ones of qwen3_next stay
+    as they are, which is how mlx-lm writes them. Raises `CheckpointError`."""
     reader = _Reader()
     sources: dict[str, Source] = {}
     skipped: dict[str, list[str]] = {}
@@ -99,7 +120,8 @@ def layout(entries: Mapping[str, Entry], config: ModelConfig) -> Layout:
         sources[ours] = reader.source(entry)
     sources = _stack_experts(sources)
     sources = _split_fused_experts(sources)
-    sources = _split_interleaved(sources, config)
+    if split:
+        sources = _split_interleaved(sources, config)
     sources = _convert_raw(sources, config)
     return Layout(sources, {kind: tuple(names) for kind, names in skipped.items()})
 
@@ -115,9 +137,11 @@ class _Reader:
             raise CheckpointError(
                 f"{entry.file}: {entry.name}: dtype {entry.dtype} is not supported; use the original checkpoint"
             )
-        return Source(entry.shape, _DTYPES[entry.dtype], (entry.name,), lambda: self._array(entry))
+        return Source(entry.shape, _DTYPES[entry.dtype], (entry.name,), partial(self._array, entry))
 
-    def _array(self, entry: Entry) -> mx.array:
+    def _array(self, entry: Entry, first: int, last: int | None) -> mx.array:
+        if last is not None:
+            return _read_part(entry, first, last)
         if entry.file not in self._files:
             try:
                 loaded = mx.load(str(entry.file))
@@ -129,20 +153,32 @@ class _Reader:
         return self._files[entry.file].pop(entry.name)
 
 
-def _part(
-    source: Source, shape: tuple[int, ...], cut: Callable[[mx.array], mx.array], array: _Once
-) -> Source:
-    return replace(source, shape=shape, read=lambda: cut(array()))
+def _read_part(entry: Entry, first: int, last: int) -> mx.array:
+    """Indices first to last of axis 0. The file is opened for each part: one that is deleted meanwhile is gone."""
+    row = entry.nbytes // entry.shape[0]
+    data: npt.NDArray[Any] = np.empty((last - first) * row, np.uint8)
+    rest = data.data
+    try:
+        with entry.file.open("rb", buffering=0) as stream:
+            stream.seek(entry.offset + first * row)
+            while rest and (count := stream.readinto(rest)):
+                rest = rest[count:]
+    except OSError as error:
+        raise CheckpointError(f"{entry.file}: {entry.name}: cannot be read: {error.strerror}") from None
+    if rest:
+        raise CheckpointError(f"{entry.file}: {entry.name}: the file has become shorter since it was opened")
+    array = mx.array(data.view(_NUMPY[entry.dtype])).reshape(last - first, *entry.shape[1:])
+    return array.view(_DTYPES[entry.dtype])
 
 
 class _Once:
     """Several tensors are cut from one stored tensor: read it for the first, forget it after the last."""
 
     def __init__(self, source: Source, uses: int) -> None:
-        self._source, self._uses, self._array = source, uses, None
+        self.source, self._uses, self._array = source, uses, None
 
     def __call__(self) -> mx.array:
-        array = self._source.read() if self._array is None else self._array
+        array = self.source.read() if self._array is None else self._array
         self._uses -= 1
         self._array = array if self._uses else None
         return array
@@ -171,13 +207,15 @@ def _stack_experts(sources: dict[str, Source]) -> dict[str, Source]:
                     f"{part.stored[0]} (expert {expert}): expected {list(first.shape)} as expert 0, "
                     f"got {list(part.shape)}"
                 )
-        result[name] = Source(
-            (len(ordered), *first.shape),
-            first.dtype,
-            tuple(p.stored[0] for p in ordered),
-            lambda ordered=ordered: mx.stack([p.read() for p in ordered]),  # type: ignore[misc]
-        )
+        shape, stored = (len(ordered), *first.shape), tuple(p.stored[0] for p in ordered)
+        result[name] = Source(shape, first.dtype, stored, partial(_stack, ordered), stacked=True)
     return result
+
+
+def _stack(parts: Sequence[Source], first: int, last: int | None) -> mx.array:
+    if last is None:
+        return mx.stack([part.read() for part in parts])
+    return mx.stack([part.read(0, part.shape[0]) for part in parts[first:last]])
 
 
 def _split_fused_experts(sources: dict[str, Source]) -> dict[str, Source]:
@@ -197,15 +235,17 @@ def _split_fused_experts(sources: dict[str, Source]) -> dict[str, Source]:
                 f"{source.stored[0]}: expected [experts, 2 x width, hidden], got {list(source.shape)}"
             )
         experts, rows, cols = source.shape
-        once = _Once(source, 2)
-        half = (experts, rows // 2, cols)
-        result[f"{stem}.switch_mlp.gate_proj.weight"] = _part(
-            source, half, lambda a: a[:, : a.shape[1] // 2], once
-        )
-        result[f"{stem}.switch_mlp.up_proj.weight"] = _part(
-            source, half, lambda a: a[:, a.shape[1] // 2 :], once
-        )
+        once, half = _Once(source, 2), rows // 2
+        for target, start in (("gate_proj", 0), ("up_proj", half)):
+            cut = partial(_rows_of_experts, once, slice(start, start + half))
+            result[f"{stem}.switch_mlp.{target}.weight"] = replace(
+                source, shape=(experts, half, cols), _read=cut
+            )
     return result
+
+
+def _rows_of_experts(whole: _Once, rows: slice, first: int, last: int | None) -> mx.array:
+    return (whole() if last is None else whole.source.read(first, last))[:, rows]
 
 
 def _split_interleaved(sources: dict[str, Source], config: ModelConfig) -> dict[str, Source]:
@@ -222,38 +262,52 @@ def _split_interleaved(sources: dict[str, Source], config: ModelConfig) -> dict[
         if not isinstance(spec, DeltaNetSpec):
             continue
         del result[name]
-        ratio = spec.value_heads // spec.key_heads
-        values = ratio * spec.value_dim
-        widths = [("qkv", spec.key_dim), ("qkv", spec.key_dim), ("qkv", values), ("z", values)]
-        if match[2] == "in_proj_ba":
-            widths = [("b", ratio), ("a", ratio)]
-        period = sum(width for _, width in widths)
-        if len(source.shape) != 2 or source.shape[0] != period * spec.key_heads:
-            raise CheckpointError(
-                f"{source.stored[0]}: expected {period * spec.key_heads} rows, got {list(source.shape)}"
-            )
-        rows: dict[str, list[int]] = {}
-        start = 0
-        for target, width in widths:
-            # all key heads of one part, then all of the next: q of every head, then k of every head, ...
-            heads = [h * period + start + i for h in range(spec.key_heads) for i in range(width)]
-            rows.setdefault(target, []).extend(heads)
-            start += width
+        rows = interleaved(spec, match[2])
+        count = sum(len(index) for index in rows.values())
+        if len(source.shape) != 2 or source.shape[0] != count:
+            raise CheckpointError(f"{source.stored[0]}: expected {count} rows, got {list(source.shape)}")
         once = _Once(source, len(rows))
         for target, index in rows.items():
-            cut = lambda a, index=index: a[mx.array(index)]  # noqa: E731
-            result[f"layers.{match[1]}.linear_attn.in_proj_{target}.{match[3]}"] = _part(
-                source, (len(index), source.shape[1]), cut, once
+            result[f"layers.{match[1]}.linear_attn.{target}.{match[3]}"] = replace(
+                source, shape=(len(index), source.shape[1]), _read=partial(_rows, once, index)
             )
     return result
 
 
-def _channels_last(source: Source) -> mx.array:
-    return mx.swapaxes(source.read(), 1, 2)
+def interleaved(spec: DeltaNetSpec, name: str) -> dict[str, list[int]]:
+    """The rows of `in_proj_qkvz` or `in_proj_ba` that each of our matrices consists of, by its name."""
+    ratio = spec.value_heads // spec.key_heads
+    values = ratio * spec.value_dim
+    widths = [("qkv", spec.key_dim), ("qkv", spec.key_dim), ("qkv", values), ("z", values)]
+    if name == "in_proj_ba":
+        widths = [("b", ratio), ("a", ratio)]
+    period = sum(width for _, width in widths)
+    rows: dict[str, list[int]] = {}
+    start = 0
+    for target, width in widths:
+        # all key heads of one part, then all of the next: q of every head, then k of every head, ...
+        heads = [h * period + start + i for h in range(spec.key_heads) for i in range(width)]
+        rows.setdefault(f"in_proj_{target}", []).extend(heads)
+        start += width
+    return rows
 
 
-def _plus_one(source: Source) -> mx.array:
-    return source.read().astype(mx.float32) + 1.0
+def _rows(whole: _Once, index: list[int], first: int, last: int | None) -> mx.array:
+    """Rows `index`[first:last] of a tensor; for a part, one read for each run of neighbours."""
+    if last is None:
+        return whole()[mx.array(index)]
+    index = index[first:last]
+    starts = [i for i, row in enumerate(index) if i == 0 or row != index[i - 1] + 1]
+    runs = zip(starts, [*starts[1:], len(index)], strict=True)
+    return mx.concatenate([whole.source.read(index[start], index[end - 1] + 1) for start, end in runs])
+
+
+def _channels_last(source: Source, first: int, last: int | None) -> mx.array:
+    return mx.swapaxes(source.read(first, last), 1, 2)
+
+
+def _plus_one(source: Source, first: int, last: int | None) -> mx.array:
+    return source.read(first, last).astype(mx.float32) + 1.0
 
 
 def _convert_raw(sources: dict[str, Source], config: ModelConfig) -> dict[str, Source]:
@@ -264,8 +318,8 @@ def _convert_raw(sources: dict[str, Source], config: ModelConfig) -> dict[str, S
         if name.endswith("linear_attn.conv1d.weight") and len(source.shape) == 3 and source.shape[1] == 1:
             channels, _, width = source.shape
             raw = raw or width != 1
-            result[name] = replace(source, shape=(channels, width, 1), read=partial(_channels_last, source))
+            result[name] = replace(source, shape=(channels, width, 1), _read=partial(_channels_last, source))
     for name, source in sources.items():
         if raw and config.raw_norm_offset and (name.endswith(_NORMS) or name == "norm.weight"):
-            result[name] = replace(source, dtype=mx.float32, read=partial(_plus_one, source))
+            result[name] = replace(source, dtype=mx.float32, _read=partial(_plus_one, source))
     return result

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from moelocal.checkpoint.files import read_entries
+from moelocal.checkpoint.files import Entry, read_entries
 from moelocal.checkpoint.names import Layout, Source, bare, layout
 from moelocal.config import ModelConfig
 from moelocal.errors import CheckpointError
-from moelocal.formats import QuantizedArray, QuantPlan, Weight, infer_spec
+from moelocal.formats import QuantizedArray, QuantPlan, QuantSpec, Weight, infer_spec
 
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -24,7 +24,8 @@ _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 class Checkpoint:
     """The weights of a folder, opened: headers checked, nothing read yet.
 
-    `used`: tensors handed out so far; `formats`: how the matrices among them are stored, in words.
+    `entries`: what the files hold, by stored name; `used`: tensors handed out so far; `formats`: how the matrices
+    among them are stored, in words; `packed`: those of them that are quantized.
     """
 
     folder: Path
@@ -32,17 +33,26 @@ class Checkpoint:
     plan: QuantPlan | None
     sources: Mapping[str, Source]
     skipped: Mapping[str, tuple[str, ...]]
+    entries: Mapping[str, Entry]
     used: set[str] = field(default_factory=set)
     formats: dict[str, str] = field(default_factory=dict)
+    packed: dict[str, QuantSpec] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path, config: ModelConfig) -> Checkpoint:
         """Read the headers of `folder`. Raises `CheckpointError`, `ConfigError`."""
-        tensors: Layout = layout(read_entries(folder), config)
+        return cls.of(folder, config, read_entries(folder))
+
+    @classmethod
+    def of(
+        cls, folder: Path, config: ModelConfig, entries: Mapping[str, Entry], split: bool = True
+    ) -> Checkpoint:
+        """The same for headers that were read already, wherever their files are; `split` as for `layout`."""
+        tensors: Layout = layout(entries, config, split)
         plan = QuantPlan.parse(config.quantization)
         if plan is not None:
             plan = QuantPlan(plan.default, {bare(path): spec for path, spec in plan.paths.items()})
-        return cls(folder, config, plan, tensors.sources, tensors.skipped)
+        return cls(folder, config, plan, tensors.sources, tensors.skipped, entries)
 
     def root(self) -> Scope:
         """The scope of the whole text model."""
@@ -121,6 +131,7 @@ class Scope:
         self._require(weight, (*lead, rows, *weight.shape[-1:]), (mx.uint32,))
         spec = infer_spec(path, weight.shape[-1], scales.shape[-1], scales.dtype, cols)
         plan.check(path, spec)
+        self.checkpoint.packed[path] = spec
         self.checkpoint.formats[path] = f"{spec.mode} {spec.bits} bits in groups of {spec.group}"
         biases = None
         if spec.has_biases:

@@ -14,8 +14,8 @@ from typing import Final
 
 import mlx.core as mx
 
-from moelocal import hub, machine
-from moelocal.cache import Cache, Store
+from moelocal import machine
+from moelocal.cache import Cache, Disk, Store
 from moelocal.config import ModelConfig
 from moelocal.engine.chunks import MESSAGE_START, boundaries, message_start
 from moelocal.engine.fingerprint import fingerprint
@@ -41,11 +41,12 @@ class Model:
     """A loaded checkpoint. Calling it evaluates tokens; text files are read when a text call first needs them, so
     that a folder without a tokenizer works for tokens.
 
-    `name`: what it was loaded as; `folder`: where its files are.
+    `name`: what it was loaded as; `folder`: where its files are; `snapshots`: bytes that those of its timelines may
+    take on disk.
     """
 
-    def __init__(self, decoder: Decoder, folder: Path, name: str) -> None:
-        self.decoder, self.folder, self.name = decoder, folder, name
+    def __init__(self, decoder: Decoder, folder: Path, name: str, snapshots: int = 0) -> None:
+        self.decoder, self.folder, self.name, self._on_disk = decoder, folder, name, snapshots
         self._recent: deque[list[int]] = deque(maxlen=RECENT)
 
     @property
@@ -86,7 +87,9 @@ class Model:
     @cached_property
     def store(self) -> Store:
         """The snapshots that all timelines of this model share."""
-        return Store(fingerprint(self.folder, self.dtype), machine.memory() // SHARE or 1 << 30)
+        print_of = fingerprint(self.folder, self.dtype)
+        disk = Disk(machine.cache_folder() / "snapshots", print_of, self._on_disk) if self._on_disk else None
+        return Store(print_of, machine.memory() // SHARE or 1 << 30, disk)
 
     @cached_property
     def message_start(self) -> int | None:
@@ -144,25 +147,38 @@ def load(
     model: str | Path | None = None,
     *,
     revision: str | None = None,
+    quantization: str = "auto",
     dtype: str | mx.Dtype | None = None,
+    snapshots: str = "0",
     offline: bool = False,
     progress: bool = True,
 ) -> Model:
     """Load a model: a folder, a Hugging Face name, or (None) the small embedded demonstration model.
 
-    `revision`: branch, tag or commit of a Hugging Face repository. `dtype` of activations: "float32", "float16",
-    "bfloat16" or an MLX dtype; None takes the checkpoint's own, or float32 on the CPU device. `offline`: open no
-    connection. `progress`: on a terminal, show a bar while downloading and reading.
+    `revision`: branch, tag or commit of a Hugging Face repository. `quantization`: "none" runs the weights as they are;
+    a recipe (a name, or a file: docs/formats.md) quantizes original weights once and keeps the result in the cache of
+    moelocal; "auto" does so with "balanced" or "small" for weights that do not fit this machine's memory. `dtype` of
+    activations: "float32", "float16", "bfloat16" or an MLX dtype; None takes the checkpoint's own, or float32 on the
+    CPU device. `snapshots`: a size like "20GB" that states of conversations may take on disk, so that they go on at
+    once after a restart too (they hold what was said: docs/sessions.md); "0" keeps them in memory alone. `offline`:
+    open no connection. `progress`: say on standard error what takes long, on a terminal with a bar.
 
-    Raises `ModelNotFound`, `ConfigError`, `UnsupportedModel`, `CheckpointError`; `RequestError` for a bad `dtype`.
+    Raises `ModelNotFound`, `ConfigError`, `UnsupportedModel`, `CheckpointError`; `RequestError` for a bad `dtype`, and
+    for weights that do not fit in any way.
     """
     wanted = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and (not isinstance(wanted, mx.Dtype) or wanted not in _DTYPES.values()):
         raise RequestError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
-    folder = hub.resolve(model, revision=revision, offline=offline, progress=progress)
+    # imported here: every import of moelocal would pay for it
+    from moelocal.quantize.once import prepared
+    from moelocal.quantize.sizes import parse_size
+
+    on_disk = 0 if snapshots == "0" else parse_size(snapshots, "snapshots")
+
+    folder = prepared(model, quantization, revision=revision, offline=offline, progress=progress)
     with _layer_bar(progress) as report:
         decoder = Decoder.open(folder, wanted, report)
-    return Model(decoder, folder, "embedded" if model is None else str(model))
+    return Model(decoder, folder, "embedded" if model is None else str(model), on_disk)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ L2_EPS = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class DeltaNetWeights:
-    """Row-contiguous: `conv` [W, C] of any float dtype (float32 where u is); float32 `decay` = −exp(A_log) [Hv],
+    """Row-contiguous: `conv` [W, C] of any float dtype; float32 `decay` = −exp(A_log) [Hv],
     `dt_bias` [Hv], `norm` [Dv]; `eps` of the gated norm.
 
     `q_scale`, `k_scale` [Dk] make an RMS norm with eps 1e-6 / Dk the l2 norm that the equations ask for.

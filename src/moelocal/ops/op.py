@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Final, Generic, ParamSpec, TypeVar
+from typing import Any, Final, Generic, ParamSpec, TypeVar
 
 import mlx.core as mx
 
@@ -59,6 +59,38 @@ def force(form: str) -> Iterator[None]:
         _forced = before
 
 
+Observer = Callable[["Op[..., Any]", tuple[Any, ...]], None]
+
+_observer: Observer | None = None
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Inside the block every call of an op first calls `observer(op, args)` with its positional arguments, whatever
+    form it then takes. Calls that the observer makes itself are not observed, and of two blocks the inner one counts.
+
+    A compiled step (`Block.step`) calls its ops when it is traced, not when it runs: observe `Block.__call__`.
+    """
+    global _observer
+    before, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = before
+
+
+def _show(op: Op[..., Any], args: tuple[Any, ...]) -> None:
+    """Call the observer, with nobody observing meanwhile."""
+    global _observer
+    if (observer := _observer) is None:
+        return
+    _observer = None
+    try:
+        observer(op, args)
+    finally:
+        _observer = observer
+
+
 def setting() -> Hashable:
     """What the forms of ops depend on besides their arguments: a traced function has those of one setting."""
     form = forced()
@@ -97,6 +129,8 @@ class Op(Generic[P, R]):
         self.key = key
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if _observer is not None:
+            _show(self, args)
         form = forced()
         if form == "reference":
             return self.reference(*args, **kwargs)

@@ -55,6 +55,14 @@ template <typename T, int N> struct vec : __msl_store<T, N> {
     if constexpr (N > 2) this->z = (T)o.z;
     if constexpr (N > 3) this->w = (T)o.w;
   }
+  // A whole vector from shared memory, by component: clang checks the alignment of members, not of copies.
+  template <typename V, enable_if_t<__is_same(V, vec), int> = 0> MSL_FN vec(const __global V& o) { take(o); }
+  template <typename V, enable_if_t<__is_same(V, vec), int> = 0> MSL_FN vec(const __local V& o) { take(o); }
+  template <typename V> MSL_FN void take(const V& o) {
+    this->x = o.x; this->y = o.y;
+    if constexpr (N > 2) this->z = o.z;
+    if constexpr (N > 3) this->w = o.w;
+  }
   MSL_CFN void fill(T s) {
     this->x = s; this->y = s;
     if constexpr (N > 2) this->z = s;

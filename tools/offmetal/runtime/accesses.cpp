@@ -47,7 +47,7 @@ API void* __tsan_memset(void* to, int byte, size_t n) {
   return memset(to, byte, n);
 }
 
-// ---- -fsanitize=array-bounds,local-bounds,integer-divide-by-zero --------------------------------------------------
+// ---- -fsanitize=alignment,array-bounds,local-bounds,integer-divide-by-zero --------------------------------------------------
 
 static void undefined(uint64_t pc, const char* what) {
   if (!M || !M->launch) return;
@@ -56,6 +56,9 @@ static void undefined(uint64_t pc, const char* what) {
 }
 API void __ubsan_handle_out_of_bounds_minimal() {
   undefined(CALLER, "index outside of a private or threadgroup array");
+}
+API void __ubsan_handle_type_mismatch_minimal() {
+  undefined(CALLER, "access to an address that is not a multiple of what the type asks for");
 }
 API void __ubsan_handle_local_out_of_bounds_minimal() { undefined(CALLER, "access outside of a local array"); }
 API void __ubsan_handle_divrem_overflow_minimal() { undefined(CALLER, "integer division by zero or overflow"); }

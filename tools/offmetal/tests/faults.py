@@ -315,6 +315,25 @@ RUN: Final = [
         "if (i != 5)  // RIGHT:\nout[i] = 1;",
         options={"allow_unwritten": False},
     ),
+    # --- alignment ---
+    Fault(
+        "vector of an input at an odd index",
+        r"access to an address that is not a multiple",
+        "const device T* p = a + t % 8;\n"
+        "float4 v = *(const device float4*)p;  // FAULT // RIGHT: float4 v = *(const device packed_float4*)p;\n"
+        "out[i] = v.w;",
+    ),
+    Fault(
+        "component of a vector of threadgroup memory at an odd index",
+        r"access to an address that is not a multiple",
+        f"s[t] = t;\n{BARRIER}\n"
+        "out[i] = ((threadgroup float2*)(s + t % 8))->y;  // FAULT // RIGHT: out[i] = s[t % 8 + 1];",
+    ),
+    Fault(
+        "float at an odd byte",
+        r"access to an address that is not a multiple",
+        "out[i] = *(const device float*)((const device uchar*)a + t % 8);  // FAULT // RIGHT: out[i] = a[t % 8];",
+    ),
     # --- arithmetic, resources ---
     Fault(
         "integer division by zero",
@@ -412,6 +431,14 @@ COMPILE: Final = [
     # --- what Metal leaves out of C++ ---
     compiled("goto", "Metal does not have goto",
              "goto end;  // FAULT // RIGHT:\nend: out[i] = a[i];  // RIGHT: out[i] = a[i];"),
+    compiled("lambda expression", "not every version of Metal has lambda expressions",
+             "auto f = [](T v) { return v; };  // FAULT // RIGHT:\nout[i] = f(a[i]);  // RIGHT: out[i] = a[i];"),
+    compiled("operator noexcept", "Metal does not have the operator noexcept",
+             "out[i] = noexcept(a[i]) ? a[i] : a[0];  // FAULT // RIGHT: out[i] = a[i];"),
+    compiled("inline assembly", "Metal does not have inline assembly",
+             'asm("");  // FAULT // RIGHT:\nout[i] = a[i];'),
+    compiled("static variable", "`n`: a static variable must be in the constant address space",
+             "static int n = 3;  // FAULT // RIGHT: static constant int n = 3;\nout[i] = a[i * n / 3];"),
     compiled("exceptions", "exceptions", "try {  // FAULT // RIGHT: {\nout[i] = a[i];\n} catch (...) {}  // RIGHT: }"),
     compiled("pointer to a function", "pointers to functions",
              "int (*f)(int) = nullptr;  // FAULT // RIGHT:\nout[i] = a[i];"),

@@ -1,4 +1,8 @@
-"""What the tests share: one call of a kernel, and how near two arrays are."""
+"""What the tests share: one call of a kernel, and how near two arrays are.
+
+Kernels go through `emulated_kernel`, as those of a project's own tests do: these tests are about the simulator, and
+`metal_kernel` is MLX's function where there is Metal.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ def run(
     inputs = inputs or {}
     grid = threads if isinstance(threads, tuple) else (threads, 1, 1)
     group = threadgroup or (min(grid[0], 256), 1, 1)
-    kernel = offmetal.metal_kernel(name, list(inputs), ["out"], source, header, **options)
+    kernel = offmetal.emulated_kernel(name, list(inputs), ["out"], source, header, **options)
     (out,) = kernel(
         inputs=list(inputs.values()),
         grid=grid,

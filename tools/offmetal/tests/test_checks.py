@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import mlx.core as mx
 import pytest
 
@@ -38,15 +40,33 @@ def test_races_are_found_in_any_order(fault: Fault, order: str):
         fault.run()
 
 
-def test_faults_of_every_kind_are_planted():
-    kinds = set(machine._KINDS.values()) - {
-        "inactive lane",
-        "barrier divergence",
-        "timeout",
-        "undefined behaviour",
-    }
-    messages = " ".join(fault.message for fault in faults.ALL) + " invalid access"
-    assert {kind for kind in kinds if kind not in messages} == set()
+SHOWN_BY = {
+    "out-of-bounds access": "read before the start of an input",
+    "data race": "no barrier between a write and a read",
+    "uninitialised read": "threadgroup memory read before it is written",
+    "barrier divergence": "some threads return before a barrier",
+    "inactive lane": "shuffle from a lane in the other branch",
+    "threadgroup memory": "too much threadgroup memory",
+    "invalid access": "too much private memory",
+    "timeout": "endless loop",
+    "undefined behaviour": "integer division by zero",
+}
+
+
+def test_every_kind_of_report_has_its_planted_fault():
+    assert {*SHOWN_BY} == {*machine._KINDS.values()}
+
+
+@pytest.mark.parametrize("kind", SHOWN_BY)
+def test_a_report_begins_with_its_kind(kind: str):
+    (fault,) = (fault for fault in faults.RUN if fault.name == SHOWN_BY[kind])
+    with pytest.raises(offmetal.KernelError) as error:
+        fault.run()
+    assert [
+        problem
+        for problem in error.value.problems
+        if re.match(rf"{kind}( on `\w+`)?( at byte \d+)?: ", problem)
+    ]
 
 
 def test_names_of_the_faults_are_unique():
@@ -75,6 +95,13 @@ def test_an_initialised_output_can_be_read():
 def test_unwritten_outputs_are_nan():
     out = run("if (thread_position_in_grid.x != 5) out[thread_position_in_grid.x] = 1;")
     assert mx.isnan(out).tolist() == [i == 5 for i in range(64)]
+
+
+def test_variables_that_nobody_wrote_show(mode: str):
+    sums = "float v[4]; for (int k = 0; k < 4; k++) v[k] += i; out[i] = v[0] + v[3];"
+    assert mx.isnan(run(f"uint i = thread_position_in_grid.x; {sums}")).all().item()
+    count = "int n; if (i > 99) n = 1; out[i] = n;"
+    assert run(f"uint i = thread_position_in_grid.x; {count}", dtype=mx.int32).tolist() == [-0x55555556] * 64
 
 
 def test_threadgroup_memory_that_nobody_wrote_is_nan_in_fast_mode():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,8 +78,11 @@ def test_check_says_where_a_kernel_is_wrong(folder: Path):
     assert "at twice.source:1" in done.stdout
 
 
-def test_show_names_the_lines_as_reports_do(folder: Path):
-    done = offmetal(folder, "show", "twice")
+@pytest.mark.parametrize("kernel", ["twice", "kernels/twice.metal"])
+def test_show_names_the_lines_as_reports_do(folder: Path, kernel: str):
+    (folder / "kernels").mkdir()
+    (folder / "kernels" / "twice.metal").write_text("// its tests say what is launched\n")
+    done = offmetal(folder, "show", kernel)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "// twice<T=float32>"
@@ -128,6 +132,11 @@ def test_a_file_alone_is_compiled_with_what_it_includes(folder: Path):
             ["check", "thrice"],
             "offmetal: thrice: there is no test_thrice.py in tests/kernels or ../tests/kernels",
         ),
+        (["show", "thrice.metal"], "offmetal: thrice.metal: no such file"),
+        (
+            ["show", "untested.metal"],
+            "offmetal: untested: there is no test_untested.py in tests/kernels or ../tests/kernels",
+        ),
         (["check", "thrice.metal"], "offmetal: thrice.metal: [Errno 2] No such file or directory"),
         (
             ["traffic", "tests/kernels/test_thrice.py"],
@@ -140,6 +149,7 @@ def test_a_file_alone_is_compiled_with_what_it_includes(folder: Path):
     ],
 )
 def test_bad_arguments_are_one_line(folder: Path, arguments: list[str], line: str):
+    (folder / "untested.metal").write_text("// a text without tests\n")
     done = offmetal(folder, *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(line)
@@ -150,8 +160,8 @@ def test_no_clang_is_one_line(folder: Path):
     done = offmetal(folder, "check", "twice", OFFMETAL_CLANG="/nowhere/clang")
     assert done.returncode == 2
     assert done.stderr == (
-        "offmetal: /nowhere/clang (OFFMETAL_CLANG) is not clang 16 or later: apt install clang-19, brew install llvm, "
-        "or set OFFMETAL_CLANG\n"
+        "offmetal: /nowhere/clang (OFFMETAL_CLANG) is not clang 16 or later: "
+        "apt install clang-19 or set OFFMETAL_CLANG\n"
     )
 
 
@@ -194,6 +204,24 @@ def test_without_any_clang_all_are_skipped_and_the_end_says_why(
     said = pytest_in(folder, PATH=str(folder))
     assert "5 skipped" in said and "failed" not in said
     assert "offmetal: 5 tests of kernels skipped: " in said and "apt install clang-19" in said
+
+
+def test_the_simulators_own_tests_are_skipped_with_one_line_elsewhere():
+    elsewhere = "import platform; platform.system = lambda: 'Darwin'; import pytest; exit(pytest.main())"
+    # without this file, which would start itself again if nothing were skipped
+    tests = ["tools/offmetal/tests", "--ignore=tools/offmetal/tests/test_cli.py", "-x", "-m", ""]
+    done = subprocess.run(
+        [sys.executable, "-c", elsewhere, *tests],
+        cwd=TOOLS.parent,
+        env={**os.environ, "OFFMETAL_CLANG": "/nowhere/clang"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = r"(?m)^offmetal: \d+ tests of kernels skipped: it runs on Linux only$"
+    assert len(re.findall(told, done.stdout)) == 1
+    assert "passed" not in done.stdout and set(done.stdout.split(" ")[0]) == {"s"}
 
 
 def test_launches_of_all_processes_are_counted(folder: Path):
