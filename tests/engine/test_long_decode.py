@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 
 import mlx.core as mx
 import pytest
@@ -12,8 +13,17 @@ from moelocal.cache import AttentionCache
 
 
 def live_arrays() -> int:
+    """Arrays alive: each holds a reference to its type, and the garbage collector does not track them."""
     gc.collect()
-    return sum(isinstance(each, mx.array) for each in gc.get_objects())
+    return sys.getrefcount(mx.array)
+
+
+def test_live_arrays_are_counted():
+    before = live_arrays()
+    held = [mx.array(i) for i in range(100)]
+    assert live_arrays() == before + len(held)
+    del held
+    assert live_arrays() == before
 
 
 @pytest.mark.slow
