@@ -124,9 +124,13 @@ class Repository:
 
 def locate(model: str | Path) -> Path | str:
     """An existing folder, or the name of a repository. Raises `ModelNotFound` for what can be neither."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
+    # ~nobody, a name too long for the disk, a folder that we may not enter
+    with suppress(RuntimeError, OSError):
+        folder = Path(model).expanduser()
+        if folder.is_dir() and str(
+            model
+        ):  # an empty name is a variable that was never set, not the current folder
+            return folder
     if isinstance(model, Path) or not _REPOSITORY.fullmatch(model):
         raise ModelNotFound(
             f"{model}: no such folder; a model is a folder or a Hugging Face name like owner/name"
@@ -250,8 +254,14 @@ def skeleton(repository: Repository, into: Path, *, progress: bool = True) -> li
         into.mkdir(parents=True, exist_ok=True)
         for name in repository.small:
             shutil.copyfile(repository.snapshot / name, into / name)
-        for name, head in zip(names, threads.map(lambda n: _head(repository, n), names), strict=True):
-            write_stub(into / name, head, repository.files[name].nbytes)
+        stop = Event()
+        try:
+            for name, head in zip(
+                names, threads.map(lambda n: _head(repository, n, stop), names), strict=True
+            ):
+                write_stub(into / name, head, repository.files[name].nbytes)
+        finally:
+            stop.set()
     return names
 
 
@@ -561,12 +571,12 @@ def _wrong_size(repository: Repository, file: RemoteFile, got: str) -> ModelNotF
     )
 
 
-def _head(repository: Repository, name: str) -> bytes:
+def _head(repository: Repository, name: str, stop: Event) -> bytes:
     """The first 8 bytes and the header of a safetensors file, from the cache or the network."""
     if cached := repository.cached(name):
         with cached.open("rb") as stream:
             return read_head(stream)
-    file, data, quiet, stop = repository.files[name], io.BytesIO(), Meter("", 0, False), Event()
+    file, data, quiet = repository.files[name], io.BytesIO(), Meter("", 0, False)
     first = min(_FIRST_READ, file.nbytes)
     _receive(repository, file, data, 0, first, hashlib.sha256(), quiet, stop)
     length = struct.unpack("<Q", data.getvalue()[:8])[0] if first >= 8 else 0

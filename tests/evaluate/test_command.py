@@ -77,6 +77,7 @@ def test_a_text_of_the_user(pair, tmp_path, capsys):
     assert (found["corpus"], found["sequences"], found["dtype"]) == ("mine.txt", 1, "bfloat16")
     assert found["kl_mean"]["low"] is None
     assert "by kind of text" not in out  # there is only one
+    assert out.splitlines()[2].endswith(" tokens to predict in 1 sequence")
 
 
 ESTIMATE = Estimate(0.5, 0.25, 0.75)
@@ -204,6 +205,21 @@ def test_a_plot_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plot_that_fails_after_hours_takes_no_figures_with_it(pair, tmp_path, capsys, monkeypatch):
+    module = pytest.importorskip("matplotlib.figure")
+
+    def fails(self, file, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.Figure, "savefig", fails)
+    file = tmp_path / "quality.png"
+    given = (pair[0], "--reference", pair[1], "--tokens", 60, "--plot", file, "--json")
+    assert call(*given) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out.splitlines()[-1])["kl_mean"]["value"] > 0
+    assert shown.err.endswith(f"moelocal: error: {file}: cannot be written: No space left on device\n")
+
+
 def refused(capsys, *arguments: object) -> str:
     assert call(*arguments) == 1
     shown = capsys.readouterr()
@@ -218,6 +234,10 @@ def test_plots_that_cannot_be_are_refused_before_anything_runs(tmp_path, capsys,
     )
     assert refused(capsys, *flags, tmp_path / "no/a.png") == (
         f"moelocal: error: --plot {tmp_path / 'no/a.png'}: no folder {tmp_path / 'no'}\n"
+    )
+    (tmp_path / "folder.png").mkdir()
+    assert refused(capsys, *flags, tmp_path / "folder.png") == (
+        f"moelocal: error: --plot {tmp_path / 'folder.png'}: is a folder; expected the name of a file\n"
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert refused(capsys, *flags, tmp_path / "a.png") == (

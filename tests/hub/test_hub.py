@@ -722,6 +722,34 @@ def test_interrupted_from_the_keyboard(server, cache):
     assert_whole(hub.resolve(NAME, progress=False), server.repos[NAME])
 
 
+def test_interrupted_while_headers_are_waited_for(server, cache, tmp_path):
+    server.faults = [Fault("-of-", status=429, times=100, headers={"Retry-After": "200"})]
+    process = run(
+        f"from pathlib import Path; hub.skeleton(hub.find({NAME!r}), Path({str(tmp_path / 's')!r}))",
+        server,
+        cache,
+    )
+    while len(server.gets("-of-")) < len(SHARDS):
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - started < 5
+    assert err.decode().rstrip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/model", "a" * 300, "a/" + "b" * 300, "a\0b"])
+def test_names_that_can_be_no_folder(name):
+    expected = f"{name}: no such folder; a model is a folder or a Hugging Face name like owner/name"
+    if name.startswith("a/"):
+        assert hub.locate(name) == name
+        name, expected = f"./{name}", f"./{expected}"
+    with pytest.raises(ModelNotFound) as caught:
+        hub.locate(name)
+    assert str(caught.value) == expected
+
+
 # offline
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from moelocal.checkpoint.scope import Checkpoint
 from moelocal.config import ModelConfig
-from moelocal.errors import CheckpointError, NumericsError
+from moelocal.errors import CheckpointError, NumericsError, TokenizerError
 from moelocal.evaluate import evaluate
 from moelocal.formats import QuantizedArray, QuantSpec
 from moelocal.hub import resolve
@@ -24,7 +24,7 @@ from moelocal.quantize.corpus import Corpus
 from moelocal.quantize.recipe import Plan, matrices
 from moelocal.quantize.recipe import Recipe as BitRecipe
 from moelocal.quantize.sizes import shapes_of
-from moelocal.quantize.streamed import stream
+from moelocal.quantize.streamed import block_of, stream
 from packed import pack
 from parity.checkpoints import SMALL, Recipe, tokens, write
 from parity.storage import encode, read_tensors, write_shards
@@ -191,6 +191,47 @@ def test_activations_in_bfloat16(moe, tmp_path):
     assert mx.mean((a - b) ** 2).item() < ROUNDED * mx.mean(b**2).item()
 
 
+def test_memory_holds_one_layer_however_many_there_are(tmp_path, monkeypatch):
+    # experts are most of the weights, and what is in work is small against them
+    recipe = Recipe(
+        "qwen3_5_moe", layers=3, hidden=64, vocab=96, experts=64, width=64, mtp=False, dtype="F32"
+    )
+    folder = write(tmp_path / "model", recipe)
+    monkeypatch.setattr(calibrated_layer, "EXPERT_BYTES", 2 * 4 * 64**2)
+
+    def quick(weights, moments, spec, dtype) -> QuantizedArray:
+        return QuantizedArray(*mx.quantize(weights, group_size=spec.group, bits=spec.bits), spec)
+
+    monkeypatch.setattr(calibrated_layer, "calibrated", quick)
+    layer = sum(array.nbytes for array in block_of(opened(folder), 0, mx.float32).arrays)
+    plan = plan_of(folder)
+    calibration = Calibration(texts(40))
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    calibration.begin(opened(folder), opened(folder), tmp_path)
+    peaks: dict[str, list[int]] = {"experts": [], "layer": []}
+    honest = calibrated_layer.Layer._routed
+
+    def peak(kind: str) -> None:
+        peaks[kind].append(mx.get_peak_memory() - before)
+        mx.reset_peak_memory()
+
+    def routed(self, *args) -> None:
+        peak("layer")
+        honest(self, *args)
+        peak("experts")
+
+    monkeypatch.setattr(calibrated_layer.Layer, "_routed", routed)
+    mx.reset_peak_memory()
+    for index in range(3):
+        calibration.layer(index, opened(folder), plan)
+        peak("layer")
+    # its weights, what is made of it (0.19), and what is in work
+    assert max(peaks["experts"]) < 1.5 * layer, [each / layer for each in peaks["experts"]]
+    # on the CPU device the packed experts are unpacked to run, beside the original ones
+    assert max(peaks["layer"]) < 3 * layer, [each / layer for each in peaks["layer"]]
+
+
 def unpacked(folder: Path, to: Path) -> Path:
     """A copy whose packed matrices are plain ones of the same values."""
     to.mkdir()
@@ -219,6 +260,14 @@ def test_a_quantized_source_is_what_it_dequantizes_to(moe, tmp_path):
     same_codes = [mx.mean(ours[path].weight == theirs[path].weight).item() for path in ours]
     # packed products round in another order, which few codes notice
     assert min(same_codes) > 0.9, same_codes
+
+
+def test_a_tokenizer_of_another_model_is_refused(moe, tmp_path):
+    with pytest.raises(TokenizerError) as caught:
+        run(moe, Corpus("test", ((1, 96), (2, 95)), ("text",) * 2), tmp_path / "work", stop=0)
+    assert str(caught.value) == (
+        f"the calibration text has token 96, but {moe} has only 96 rows; the tokenizer files belong to another model"
+    )
 
 
 def test_infinite_states_are_named(moe, tmp_path):

@@ -69,6 +69,8 @@ def test_a_calibration_text_changes_the_weights_and_is_noted(tmp_path, monkeypat
     [
         (("--target-size", "big"),
          "--target-size: expected a size like 20.9GB (1e9 bytes) or 19.5GiB (2^30), got 'big'"),
+        (("--calibration", "~nosuchuser/text.txt"),
+         "~nosuchuser/text.txt: cannot be read: Could not determine home directory"),
         (("--calibration", "missing.txt"), "missing.txt: cannot be read: No such file or directory"),
     ],
 )  # fmt: skip
@@ -125,3 +127,19 @@ def test_the_source_may_be_a_path_with_a_tilde(tmp_path, monkeypatch, capsys):
     (tmp_path / "model").symlink_to(Path(EMBEDDED))
     quantize("~/model", "--to", "~/out", "--recipe", "4bit", "--method", "minmax")
     assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_min_max_does_not_go_with_a_calibration():
+    with pytest.raises(RequestError) as caught:
+        quantize(EMBEDDED, "--method", "minmax", "--calibration")
+    assert str(caught.value) == (
+        "--method minmax does not go with --calibration, which searches; leave one of them out"
+    )
+
+
+def test_a_calibration_text_that_is_none_is_refused_before_anything_is_begun(tmp_path):
+    text, out = tmp_path / "text.jsonl", tmp_path / "out"
+    text.write_text('{"text": "fine"}\n{"messages"\n')
+    with pytest.raises(RequestError, match=r"text\.jsonl: line 2: not valid JSON"):
+        quantize(EMBEDDED, "--to", str(out), "--calibration", str(text))
+    assert not out.exists()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -406,8 +409,8 @@ def test_a_quantized_source_is_refused_unless_asked_for(tmp_path, mixed):
     matrices = sum(name.endswith(".scales") for name in weights(four))
     refused(
         CheckpointError,
-        f"{four}: is quantized already ({matrices} matrices); take the original weights, or say --dequantize to "
-        "quantize these once more, which adds to their error",
+        f"{four}: is quantized already ({matrices} matrices); take the original weights, or let "
+        "`moelocal quantize --dequantize` quantize these once more, which adds to their error",
         four, tmp_path / "out", mixed,
     )  # fmt: skip
     assert not (tmp_path / "out").exists()
@@ -535,6 +538,122 @@ def test_the_source_itself_and_folders_of_others_are_refused(tmp_path, mixed):
         folder, tmp_path / "mine" / "diary.txt", mixed,
     )  # fmt: skip
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["diary.txt"]
+
+
+def test_a_target_in_the_home_of_nobody_is_refused(tmp_path, mixed):
+    message = "~nosuchuser/out: Could not determine home directory"
+    refused(RequestError, message, source(tmp_path), "~nosuchuser/out", mixed)
+
+
+def test_a_manifest_of_another_tool_is_no_result_of_ours(tmp_path, mixed):
+    (tmp_path / "out").mkdir()
+    for name in ("conversion.json", "config.json"):
+        (tmp_path / "out" / name).write_text('{"recipe": "theirs"}')
+    refused(
+        RequestError,
+        f"{tmp_path / 'out'}: holds the result of another conversion (None, recipe theirs); choose a new folder "
+        "with --to, or delete this one",
+        source(tmp_path), tmp_path / "out", mixed,
+    )  # fmt: skip
+
+
+def test_a_result_whose_weights_are_gone_is_not_taken_for_whole(tmp_path, mixed):
+    folder = source(tmp_path)
+    convert(folder, tmp_path / "out", mixed, method="minmax")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    refused(
+        RequestError,
+        f"{tmp_path / 'out'}: weights of this result were removed or cut off after it was finished; delete the folder "
+        "and run the same command again",
+        folder, tmp_path / "out", mixed, method="minmax",
+    )  # fmt: skip
+
+
+def test_a_source_that_was_trained_on_is_not_taken_for_the_old_one(tmp_path, mixed):
+    folder = source(tmp_path)
+    convert(folder, tmp_path / "out", mixed, method="minmax")
+    first = next(folder.glob("*.safetensors"))
+    data = bytearray(first.read_bytes())
+    data[-1] ^= 1
+    first.write_bytes(data)
+    os.utime(first, ns=(0, first.stat().st_mtime_ns + 10**9))  # however coarse the clock of the disk is
+    refused(
+        RequestError,
+        f"{tmp_path / 'out'}: holds what was made of {folder} before the weights there changed; choose a new folder "
+        "with --to, or delete this one",
+        folder, tmp_path / "out", mixed, method="minmax",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["me@corp", "mod\udcffel"])
+def test_the_path_of_a_folder_stays_private_whatever_its_name_is(tmp_path, mixed, place):
+    folder = tmp_path / place / "model"
+    try:
+        folder.parent.mkdir()
+    except OSError:
+        pytest.skip("this disk takes names of whole characters only")
+    source(tmp_path).rename(folder)
+    convert(folder, tmp_path / "out", mixed, method="minmax")
+    manifest = (tmp_path / "out" / "conversion.json").read_text("utf-8")
+    assert json.loads(manifest)["source"] == "model" and str(tmp_path) not in manifest
+    convert(folder.rename(folder.with_name(place)), tmp_path / "again", mixed, method="minmax")
+    assert json.loads((tmp_path / "again" / "conversion.json").read_text("utf-8"))["source"] == place
+
+
+def test_what_another_process_finished_meanwhile_is_taken_as_it_is(tmp_path, mixed, monkeypatch):
+    folder = source(tmp_path)
+
+    @contextmanager
+    def late(work: Path) -> Iterator[None]:
+        monkeypatch.undo()
+        convert(folder, tmp_path / "out", mixed, method="minmax")
+        with locked(work):
+            yield
+
+    monkeypatch.setattr(module, "locked", late)
+    assert convert(folder, tmp_path / "out", mixed, method="minmax").before is True
+    assert not (tmp_path / "out" / ".conversion").exists()
+
+
+def test_a_lock_that_was_removed_with_its_folder_is_taken_anew(tmp_path, monkeypatch):
+    work, flock = tmp_path / "out" / ".conversion", fcntl.flock
+
+    def removed(fd: int, operation: int) -> None:
+        monkeypatch.undo()
+        shutil.rmtree(work)
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed)
+    with locked(work):
+        assert (work / "lock").exists()
+        with (
+            pytest.raises(RequestError, match="another process is converting into this folder"),
+            locked(work),
+        ):
+            pass
+
+
+def test_a_disk_without_locks_is_written_to(tmp_path, monkeypatch):
+    def unsupported(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with locked(tmp_path / "out" / ".conversion"):
+        assert (tmp_path / "out" / ".conversion").is_dir()
+
+
+def test_files_are_closed_after_an_error(tmp_path, mixed):
+    folder = source(tmp_path)
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == "quantizing":
+            raise KeyboardInterrupt
+
+    before = len(list(Path("/dev/fd").iterdir()))
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder, tmp_path / "out", mixed, method="minmax", report=interrupt)
+    assert len(list(Path("/dev/fd").iterdir())) == before
 
 
 def test_two_processes_do_not_write_one_result(tmp_path, mixed):

@@ -167,6 +167,45 @@ def test_a_plain_file_is_cut_where_a_sequence_is_full(tmp_path):
     assert Corpus.from_file(file, EMBEDDED, 150, 100).tokens == 150
 
 
+def test_of_a_large_file_only_the_beginning_is_encoded(tmp_path, monkeypatch):
+    file = tmp_path / "text.txt"
+    paragraph = "The quick brown fox jumps over the lazy dog. Größe 你好\n"
+    file.write_text(paragraph * 3000 + "~" * 10**6, encoding="utf-8")
+    expected = TOKENIZER.encode(paragraph * 3000)[:7000]
+    honest, encoded = Tokenizer.encode, []
+
+    def encode(self, text: str) -> list[int]:
+        encoded.append(len(text))
+        return honest(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    assert list(sum(Corpus.from_file(file, EMBEDDED, 7000, 100).sequences, ())) == expected
+    assert sum(encoded) < 100_000
+    # few characters make many tokens, or many make few: as many are taken as are needed
+    file.write_text(" " * 200_000 + paragraph, encoding="utf-8")
+    assert (
+        list(sum(Corpus.from_file(file, EMBEDDED, 10_000, 10_000).sequences, ()))
+        == (honest(TOKENIZER, file.read_text(encoding="utf-8"))[:10_000])
+    )
+
+
+def test_the_documentation_of_the_sides_shares_no_run_of_100_tokens_and_the_chats_18_percent():
+    """docs/evaluate.md says so: the generators of the chats repeat tool definitions and drawings."""
+    shares = {}
+    sides = [Corpus.built_in(EMBEDDED, side, 10**7, 2048) for side in SIDES]
+    for kind in ("documentation", "chats"):
+        seen, asked = (
+            [tuple(ids[i : i + 100]) for ids in texts for i in range(len(ids) - 99)]
+            for texts in (
+                [ids for ids, its in zip(side.sequences, side.kinds, strict=True) if its == kind]
+                for side in sides
+            )
+        )
+        known = set(seen)
+        shares[kind] = sum(run in known for run in asked) / len(asked)
+    assert shares["documentation"] == 0 and round(shares["chats"], 2) == 0.18, shares
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path):
     file = tmp_path / "text.txt"
     file.write_bytes(b"\xef\xbb\xbfHello there")
@@ -227,6 +266,12 @@ def test_a_text_longer_than_a_sequence_is_cut(tmp_path):
         ),
         (
             "a.jsonl",
+            b'{"text": "good"}\n{"text": "a \\ud800"}',
+            "{file}: line 2: the text cannot be encoded: character 2 is U+D800, half of a surrogate pair; decode the "
+            "input as UTF-8 first",
+        ),
+        (
+            "a.jsonl",
             b'{"messages": [{"role": "assistant", "content": "x"}]}',
             "{file}: line 1: no message has the role 'user'; a conversation needs at least one",
         ),
@@ -244,6 +289,16 @@ def test_a_missing_file_says_so(tmp_path):
     with pytest.raises(RequestError) as caught:
         Corpus.from_file(tmp_path / "no.txt", EMBEDDED, 1000, 100)
     assert str(caught.value) == f"{tmp_path / 'no.txt'}: cannot be read: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [("~nobody-of-this-name/a.txt", "Could not determine home directory"), ("a\0.txt", "embedded null byte")],
+)
+def test_a_name_that_is_none_says_so(name, reason):
+    with pytest.raises(RequestError) as caught:
+        Corpus.from_file(Path(name), EMBEDDED, 1000, 100)
+    assert str(caught.value) == f"{name}: cannot be read: {reason}"
 
 
 def test_chats_of_the_user_need_the_template(tmp_path):

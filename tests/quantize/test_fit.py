@@ -19,7 +19,7 @@ from moelocal.formats import QuantSpec
 from moelocal.ops.group_search import group_search
 from moelocal.quantize.fit import HARM, expected_errors, fit, searched_error, total_error
 from moelocal.quantize.recipe import BUILT_IN, CLASSES, Recipe, class_of, layer_of
-from moelocal.quantize.sizes import packed_nbytes, shapes_of, sizes
+from moelocal.quantize.sizes import packed_nbytes, parse_size, shapes_of, sizes
 from parity.checkpoints import Recipe as Model
 from parity.checkpoints import config
 
@@ -262,6 +262,19 @@ def test_targets_that_cannot_be_met(flagship):
         "target size 69.32 GB: the unquantized model has only 69.32 GB; use it as it is"
     )
     assert sizes(*flagship, fit(recipe, *flagship, 69_321_221_375)).nbytes < 69_321_221_376
+
+
+@pytest.mark.parametrize("found", MODELS)
+def test_the_smallest_size_that_is_said_can_be_had(found):
+    recipe = Recipe.open("balanced")
+    with pytest.raises(RequestError) as error:
+        fit(recipe, found, shapes_of(found), 1_000)
+    assert str(error.value).startswith(
+        "target size 1000 bytes: the smallest that recipe balanced can become is "
+    )
+    said = parse_size(str(error.value).rpartition(" is ")[2].replace(" bytes", ""))
+    assert sizes(found, shapes_of(found), fit(recipe, found, shapes_of(found), said)).nbytes <= said
+    assert said < 1.2 * smallest(recipe, found)
 
 
 def test_the_table_of_errors_is_that_of_the_quantizer():

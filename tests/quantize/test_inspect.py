@@ -246,6 +246,11 @@ def test_what_no_group_divides(capsys, tmp_path):
     )
 
 
+def test_what_a_large_target_keeps_is_no_misfit(capsys):
+    out = inspected(capsys, "--recipe", "4bit", "--target-size", "8.5MB")
+    assert "16-bit float in " in out and "No group divides" not in out
+
+
 def test_the_embedded_model(capsys):
     out = inspected(capsys, "--memory", "16GB")
     assert out.splitlines()[0].endswith("moelocal/embedded")

@@ -66,6 +66,14 @@ def test_a_source_that_changed_is_quantized_anew(folder):
     assert prepared(folder, "4bit", progress=False) != first
 
 
+def test_files_that_are_not_of_the_model_do_not_quantize_it_anew(folder):
+    first = prepared(folder, "4bit", progress=False)
+    (folder / ".DS_Store").write_text("a look at the folder")
+    (folder / "out").mkdir()
+    (folder / "README.md").symlink_to("nowhere")
+    assert prepared(folder, "4bit", progress=False) == first
+
+
 def test_weights_that_do_not_fit_are_quantized_by_the_first_recipe_that_does(folder, monkeypatch, capsys):
     room(monkeypatch, 5_000_000)
     made = prepared(folder, "auto")

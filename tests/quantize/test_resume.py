@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -224,6 +225,22 @@ def test_a_torn_line_of_the_journal_is_dropped(interrupted, recipe, tmp_path):
         stream.write(b'["layers.3.mlp.ga')
     convert(source, to, Recipe.open(recipe), method="minmax")
     assert content(to) == content(tmp_path / "whole")
+
+
+def test_a_line_of_the_journal_that_the_disk_takes_half_of_is_no_finished_piece(tmp_path):
+    folder = tmp_path / "out" / ".conversion"
+    folder.mkdir(parents=True)
+    journal = Journal(folder / "journal", {})
+    journal.add("first", 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # the system writes up to the limit, says how much that was, and refuses only what comes after
+    resource.setrlimit(resource.RLIMIT_FSIZE, (journal.path.stat().st_size + 5, limits[1]))
+    try:
+        with pytest.raises(CheckpointError):
+            journal.add("second", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(journal.pieces) == ["first"] == list(Journal(folder / "journal", {}).pieces)
 
 
 def refused(kind: type[MoelocalError], message: str, *args: Any, **more: Any) -> None:

@@ -151,6 +151,21 @@ def test_an_end_before_the_skeleton_was_whole(local, work):
         assert present(shards) == SHARDS
 
 
+def test_what_a_killed_process_left_of_another_source_is_not_part_of_this_one(local, work):
+    (work / "skeleton").mkdir(parents=True)
+    (work / "skeleton" / "added_tokens.json").write_text("{}")
+    with Shards.open(local, work) as shards:
+        assert present(shards) == SHARDS
+
+
+def test_a_source_that_is_no_longer_noted_right(local, work):
+    Shards.open(local, work).close()
+    (work / "source.json").write_bytes(b"")  # as after a loss of power
+    with pytest.raises(CheckpointError) as caught:
+        Shards.open(local, work)
+    assert str(caught.value) == f"{work}/source.json: damaged; delete its folder and start again"
+
+
 def test_a_file_that_changes_in_the_middle(local, work):
     Shards.open(local, work).close()
     time.sleep(0.01)  # the time of change has to differ

@@ -204,7 +204,8 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.part")
     with disk_errors(path):
         with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=4, ensure_ascii=False)
+            # all ASCII: a name of a folder may hold bytes that are no characters, a config halves of them
+            json.dump(value, stream, indent=4)
             stream.write("\n")
             stream.flush()
             os.fsync(stream.fileno())

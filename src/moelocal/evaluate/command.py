@@ -42,7 +42,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sequence-length", type=int, default=LENGTH, metavar="N", help="in tokens (default %(default)s)"
     )
-    parser.add_argument("--dtype", choices=_DTYPES, help="of both computations; else that of ORIGINAL")
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help="of both computations; float32 unless named: rounding to 16 bits would show in the figures",
+    )
     parser.add_argument(
         "--offline", action="store_true", help="use what is on this machine; download nothing"
     )
@@ -68,19 +72,20 @@ def run(parsed: argparse.Namespace) -> None:
             note=lambda line: print(line, file=sys.stderr),
         )
     print("\n".join(table(quality)))
-    if parsed.plot is not None:
+    if parsed.json:
+        print(json.dumps(dataclasses.asdict(quality)))
+    if parsed.plot is not None:  # last: if its disk is full, the figures are there
         from moelocal.evaluate.plot import plot
 
         plot(quality, parsed.plot)
-    if parsed.json:
-        print(json.dumps(dataclasses.asdict(quality)))
 
 
 def table(quality: Quality) -> Iterator[str]:
     """The result as lines of text."""
     for kind, weights in (("model", quality.model), ("reference", quality.reference)):
         yield f"{kind:<11}{weights.name}: {_size(weights)}"
-    yield f"text       {quality.corpus}: {quality.tokens} tokens to predict in {quality.sequences} sequences"
+    sequences = "1 sequence" if quality.sequences == 1 else f"{quality.sequences} sequences"
+    yield f"text       {quality.corpus}: {quality.tokens} tokens to predict in {sequences}"
     yield f"           sha256 {quality.corpus_digest}"
     yield f"computed   in {quality.dtype} on the {quality.device}"
     yield ""
@@ -157,6 +162,8 @@ def _require_plot(file: Path) -> None:
     """Before hours of computing: can it be drawn at the end? Raises `RequestError`."""
     if file.suffix not in _PICTURES:
         raise RequestError(f"--plot {file}: expected a name that ends in {', '.join(_PICTURES)}")
+    if file.is_dir():
+        raise RequestError(f"--plot {file}: is a folder; expected the name of a file")
     if not file.absolute().parent.is_dir():
         raise RequestError(f"--plot {file}: no folder {file.absolute().parent}")
     if importlib.util.find_spec("matplotlib") is None:

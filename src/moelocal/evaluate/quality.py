@@ -19,7 +19,6 @@ from moelocal.evaluate.distribution import Scores, joined
 from moelocal.evaluate.reference import Reference, obtain
 from moelocal.evaluate.statistics import Bootstrap, Estimate
 from moelocal.evaluate.walk import Experts, walk
-from moelocal.ops.op import on_cpu
 from moelocal.quantize.corpus import Corpus
 from moelocal.quantize.sizes import shapes_of, sizes
 from moelocal.survey import survey
@@ -115,9 +114,9 @@ def evaluate(
     or Hugging Face names.
 
     `corpus`: a `Corpus`, or a file of text (`Corpus.from_file`), or None for the built-in evaluation text, of which
-    `tokens` tokens are taken in sequences of at most `length`. `dtype`: of both computations; None takes float32 on the
-    CPU device, else that of the original. `progress(which, done, total)` is told "reference" or "model"; `note` gets
-    single lines about the stored reference.
+    `tokens` tokens are taken in sequences of at most `length`. `dtype`: of both computations; None takes float32, as
+    rounding to 16 bits moves a figure as much as the choice between good recipes does. `progress(which, done, total)`
+    is told "reference" or "model"; `note` gets single lines about the stored reference.
 
     Raises `ModelNotFound`, `ConfigError`, `CheckpointError`, `TokenizerError`, `TemplateError`; `RequestError` for
     models that cannot be compared, `NumericsError` for NaN, with layer and sequence.
@@ -133,7 +132,7 @@ def evaluate(
         corpus = _corpus(corpus, folders, tokens, length)
     _require_room(corpus, opened)
     described = [_described(name, folder) for name, folder in zip(names, folders, strict=True)]
-    dtype = dtype or (mx.float32 if on_cpu() else opened[1].compute_dtype)
+    dtype = dtype or mx.float32
 
     kept = obtain(opened[1], corpus, dtype, lambda *at: progress("reference", *at), note)
     note(

@@ -10,14 +10,14 @@ original's state less what the quantized stream has without them.
 
 Memory, for N tokens, hidden size h, b bytes per activation, E experts of which a token meets K:
     4 N h b                                  both streams, and their normed copies while experts are fitted
-    + the weights of one layer
+    + the weights of one layer, and what is made of it
     + the larger of gate and up once more, joined for the forward pass, and what fits a batch of B experts:
       5 `EXPERT_BYTES`                       moments, their factors and corrections; B = `EXPERT_BYTES` / 4 h²
       + 8 N h B K / E                        the inputs of these experts, if all are chosen alike
       + 48 `gptq.CHUNK`                      weights in work
-For 65,536 tokens of Qwen3.6-35B-A3B in bfloat16: 1.1 + 1.7 + 0.7 + 0.3 + 0.8 = 4.6 GB. Besides, both streams (0.5 GB)
-lie in the work folder, as `states-L.safetensors`, for the layer to come and the one before it: an interrupted run goes
-on there.
+For 65,536 tokens of Qwen3.6-35B-A3B in bfloat16: 1.1 + 1.7 + 0.5 + 0.7 + 0.3 + 0.8 = 5.0 GB. Besides, both streams
+(0.5 GB) lie in the work folder, as `states-L.safetensors`, for the layer to come and the one before it: an interrupted
+run goes on there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from moelocal.checkpoint.scope import Checkpoint
-from moelocal.errors import CheckpointError
+from moelocal.errors import CheckpointError, TokenizerError
 from moelocal.ops.norm import rms_norm
 from moelocal.ops.op import on_cpu
 from moelocal.quantize import gptq, moments
@@ -50,7 +50,14 @@ class Calibration:
 
     def begin(self, source: Checkpoint, output: Checkpoint, work: Path) -> None:
         """The embedding is finished and can be read from the output, and unless an earlier run came this far also from
-        the source. Hidden states are kept in the folder `work`. Raises `CheckpointError`."""
+        the source. Hidden states are kept in the folder `work`. Raises `CheckpointError`; `TokenizerError` for a text
+        with tokens that the embedding has no row for."""
+        highest, rows = max(map(max, self.corpus.sequences)), source.config.vocab
+        if highest >= rows:
+            raise TokenizerError(
+                f"the calibration text has token {highest}, but {source.folder} has only {rows} rows; "
+                "the tokenizer files belong to another model"
+            )
         self.work = work
         self.dtype = self._dtype or (mx.float32 if on_cpu() else source.compute_dtype)
         if any(self._file(index).exists() for index in range(len(source.config.layers) + 1)):

@@ -16,7 +16,7 @@ from moelocal.errors import RequestError
 from moelocal.formats import QuantizedArray
 from moelocal.quantize.calibrate import Calibration
 from moelocal.quantize.convert import convert
-from moelocal.quantize.corpus import Corpus
+from moelocal.quantize.corpus import Corpus, checked
 from moelocal.quantize.pieces import Plan
 from moelocal.quantize.progress import progress_bar
 from moelocal.quantize.recipe import BUILT_IN, Recipe
@@ -58,7 +58,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--delete-source-shards",
         action="store_true",
-        help="delete each shard of the source as soon as its tensors are safely written, also those of a local folder",
+        help="delete each shard of the source as soon as its text tensors are safely written, also those of a local "
+        "folder; what else is in it (vision, MTP) is lost",
     )
     parser.add_argument("--dequantize", action="store_true", help="accept a source that is quantized already")
     parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face repository")
@@ -66,15 +67,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 class Texts:
-    """Calibration on the built-in texts or a file, read when the source's tokenizer is there. Raises `RequestError` if
-    the file cannot be read."""
+    """Calibration on the built-in texts or a file, rendered when the source's tokenizer is there. Raises `RequestError`
+    if the file cannot be used."""
 
     def __init__(self, file: str) -> None:
-        self._file = Path(file).expanduser() if file else None
-        try:
-            text = self._file.read_bytes() if self._file else platform.python_version().encode()
-        except OSError as error:
-            raise RequestError(f"{file}: cannot be read: {error.strerror}") from None
+        self._file = Path(file) if file else None
+        text = checked(self._file) if self._file else platform.python_version().encode()
         settings = f"{TOKENS} {LENGTH} {bool(file)} ".encode()
         self.digest = hashlib.sha256(settings + text).hexdigest()
 
@@ -99,9 +97,14 @@ class Texts:
 
 def run(parsed: argparse.Namespace) -> None:
     """Quantize a model into a folder, shard by shard. The same command continues what was interrupted."""
+    if parsed.calibration is not None and parsed.method == "minmax":
+        raise RequestError(
+            "--method minmax does not go with --calibration, which searches; leave one of them out"
+        )
     recipe = Recipe.open(parsed.recipe)
     target = None if parsed.target_size is None else parse_size(parsed.target_size, "--target-size")
-    name = Path(parsed.source).expanduser().resolve().name if Path(parsed.source).is_dir() else parsed.source
+    place = hub.locate(parsed.source)
+    name = place.resolve().name if isinstance(place, Path) else place
     to = parsed.to or f"{name.rpartition('/')[2]}-{recipe.name}"
     try:
         with progress_bar() as report:

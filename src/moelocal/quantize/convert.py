@@ -124,7 +124,10 @@ def convert(
     if method not in get_args(Method):
         raise RequestError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
     place = hub.locate(source)
-    folder = Path(to).expanduser().resolve()
+    try:
+        folder = Path(to).expanduser().resolve()
+    except RuntimeError as error:
+        raise RequestError(f"{to}: {error}".rstrip(".")) from None
     if isinstance(place, Path) and folder.exists() and folder.samefile(place):
         raise RequestError(f"{to}: is the source itself; choose another folder with --to")
     request = {
@@ -138,10 +141,13 @@ def convert(
         "calibration": None if calibrator is None else calibrator.digest,
     }
     digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-    if (already := finished(folder, digest)) is not None:
+    if (already := finished(folder, digest, place)) is not None:
         return already
     work = folder / WORK
     with locked(work):
+        # another process may have finished it just now
+        if (already := finished(folder, digest, place)) is not None:
+            return already
         try:
             with closing(
                 Shards.open(
@@ -149,9 +155,10 @@ def convert(
                 )
             ) as shards:
                 run = _Conversion(folder, shards, recipe, method, target, dequantize, calibrator, report)
-                run.reserve()
-                run.run(request)
-                done = run.finish(digest)
+                with closing(run.output):
+                    run.reserve()
+                    run.run(request)
+                    done = run.finish(digest)
         except BaseException:
             if not (work / "journal").exists():  # nothing was begun
                 shutil.rmtree(work, ignore_errors=True)
@@ -186,7 +193,7 @@ class _Conversion:
         if checked.packed and not dequantize:
             raise CheckpointError(
                 f"{shards.origin}: is quantized already ({len(checked.packed)} matrices); take the original weights, "
-                "or say --dequantize to quantize these once more, which adds to their error"
+                "or let `moelocal quantize --dequantize` quantize these once more, which adds to their error"
             )
         self.entries, self.skipped, self.dtype = checked.entries, checked.skipped, dtype
         self.checkpoint = self.source(split=False)
@@ -265,6 +272,7 @@ class _Conversion:
                         self._write(piece, made.get(piece.part.path))
                     progress += piece.nbytes
                     self.report("quantizing", progress, self.total)
+                made = {}  # a layer's result is not held while the next one is fitted
             else:
                 progress += sum(piece.nbytes for piece in unit.pieces)
                 if (
@@ -342,7 +350,8 @@ class _Conversion:
         left_out = {kind: len(names) for kind, names in self.skipped.items()}
         manifest = {
             "request": request,
-            "source": self.shards.origin if "@" in self.shards.origin else Path(self.shards.origin).name,
+            "source": Path(self.shards.origin).name if self.shards.state else self.shards.origin,
+            "source_state": self.shards.state,
             "recipe": {"name": self.recipe.name, "digest": self.recipe.digest},
             "method": self.method,
             "target_size": self.target,

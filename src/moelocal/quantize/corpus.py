@@ -17,7 +17,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from moelocal.errors import RequestError
+from moelocal.errors import RequestError, TemplateError, TokenizerError
 from moelocal.text.messages import prepare, prepare_tools
 from moelocal.text.template import ChatTemplate
 from moelocal.text.tokenizer import Tokenizer
@@ -26,6 +26,8 @@ Side = Literal["calibration", "evaluation"]
 SIDES: Final[tuple[Side, Side]] = ("calibration", "evaluation")
 
 _KINDS: Final = ("documentation", "chats")
+_CHARACTERS: Final = 8
+"""Of a text that are encoded for each token that is wanted; prose has 4 to 5 a token."""
 _CHATS: Final = Path(__file__).parent / "chats.jsonl"
 
 
@@ -86,12 +88,11 @@ class Corpus:
         fit. Raises `RequestError` for a file that cannot be used, `TokenizerError`, `TemplateError`."""
         _check(tokens, length)
         tokenizer = Tokenizer.open(folder)
-        file = file.expanduser()
         text = _read(file)
         if file.suffix == ".jsonl":
-            parts = _pack((tokenizer.encode(each) for each in _lines(file, text, folder)), length)
+            parts = _pack(_lines(file, text, folder, tokenizer), length)
         else:
-            parts = _cut(iter([tokenizer.encode(text)]), length)
+            parts = _cut(iter([_beginning(tokenizer, text, tokens)]), length)
         corpus = cls._of(file.name, (("text", ids) for ids in parts), tokens)
         if not corpus.sequences:
             raise RequestError(f"{file}: expected a text of at least 2 tokens, got fewer")
@@ -187,23 +188,45 @@ def _check(tokens: int, length: int) -> None:
         raise RequestError(f"expected at least 2 tokens in sequences of at least 2, got {tokens} in {length}")
 
 
+def checked(file: Path) -> bytes:
+    """The content of a file that `Corpus.from_file` could use, as far as can be told without a tokenizer: it costs
+    nothing yet to be wrong. Raises `RequestError`."""
+    text = _read(file)
+    if file.suffix == ".jsonl":
+        for _ in _entries(file, text):
+            pass
+    return text.encode()
+
+
 def _read(file: Path) -> str:
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = file.expanduser().read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise RequestError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise RequestError(
             f"{file}: not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}"
         ) from None
+    except (RuntimeError, ValueError) as error:  # ~nobody, a zero byte
+        raise RequestError(f"{file}: cannot be read: {error}".rstrip(".")) from None
     if not text.strip():
         raise RequestError(f"{file}: the file is empty")
     return text
 
 
-def _lines(file: Path, text: str, folder: Path) -> Iterator[str]:
-    """The texts of a .jsonl file, one a line."""
-    write: _Writer | None = None
+def _beginning(tokenizer: Tokenizer, text: str, tokens: int) -> list[int]:
+    """The first `tokens` ids of a text and some more, or all: of a large file most would be encoded for nothing."""
+    size = _CHARACTERS * tokens
+    while size < len(text):
+        # twice as many: what the cut does to the ids at the end does not reach those that are taken
+        if len(ids := tokenizer.encode(text[:size])) >= 2 * tokens:
+            return ids
+        size *= 4
+    return tokenizer.encode(text)
+
+
+def _entries(file: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a .jsonl file, each with its place."""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -214,12 +237,18 @@ def _lines(file: Path, text: str, folder: Path) -> Iterator[str]:
             raise RequestError(f"{where}: not valid JSON: {error}") from None
         if not isinstance(entry, dict) or not ("messages" in entry or isinstance(entry.get("text"), str)):
             raise RequestError(f'{where}: expected an object with "text", a string, or "messages"')
-        if "messages" not in entry:
-            yield entry["text"]
-            continue
-        # the user's chats want the model's own template: without one the text would be another
-        write = write or _Writer(ChatTemplate.open(folder))
+        yield where, entry
+
+
+def _lines(file: Path, text: str, folder: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """The ids of the texts of a .jsonl file, one a line."""
+    write: _Writer | None = None
+    for where, entry in _entries(file, text):
+        if "messages" in entry and write is None:
+            # the user's chats want the model's own template: without one the text would be another
+            write = _Writer(ChatTemplate.open(folder))
         try:
-            yield write(entry)
-        except RequestError as error:
+            ids = tokenizer.encode(write(entry) if write and "messages" in entry else entry["text"])
+        except (RequestError, TemplateError, TokenizerError) as error:
             raise RequestError(f"{where}: {error}") from None
+        yield ids

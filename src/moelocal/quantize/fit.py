@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from moelocal import hub
 from moelocal.config import ModelConfig
 from moelocal.errors import RequestError
 from moelocal.formats import QuantSpec
@@ -145,7 +146,7 @@ def fit(
     original = sizes(config, shapes, {}, dtype_size).nbytes
     if target >= original:
         raise RequestError(
-            f"target size {target / 1e9:.2f} GB: the unquantized model has only {original / 1e9:.2f} GB; "
+            f"target size {hub.size(target)}: the unquantized model has only {hub.size(original)}; "
             "use it as it is"
         )
     grow = target >= sizes(config, shapes, plan, dtype_size).nbytes
@@ -164,8 +165,8 @@ def fit(
     smallest = sizes(config, shapes, plan, dtype_size).nbytes
     if target < smallest:
         raise RequestError(
-            f"target size {target / 1e9:.2f} GB: the smallest that recipe {recipe.name} can become is "
-            f"{math.ceil(smallest / 1e7) / 100:.2f} GB"
+            f"target size {hub.size(target)}: the smallest that recipe {recipe.name} can become is "
+            f"{_rounded_up(smallest)}"
         )
     room = target - smallest
     closed: set[int] = set()
@@ -177,6 +178,12 @@ def fit(
         room -= step.nbytes
         plan.update(dict.fromkeys(step.paths, step.spec))
     return plan
+
+
+def _rounded_up(nbytes: int) -> str:
+    """A size that can be asked for where `nbytes` are needed."""
+    step = 10**7 if nbytes >= 10**9 else 10**5 if nbytes >= 10**6 else 1
+    return hub.size(-(-nbytes // step) * step)
 
 
 def _items(plan: Plan) -> list[tuple[str, ...]]:

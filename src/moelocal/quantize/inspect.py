@@ -100,9 +100,9 @@ class _Report:
         self.then: Sizes | None = None
         if recipe is not None:
             plan = recipe.plan(self.config, self.shapes)
-            if target is not None:
-                plan = fit(recipe, self.config, self.shapes, target, dtype_size=found.dtype.size)
             self.kept = misfits(plan, recipe)
+            if target is not None:  # which, if it is large, keeps others, for another reason
+                plan = fit(recipe, self.config, self.shapes, target, dtype_size=found.dtype.size)
             self.then = sizes(self.config, self.shapes, plan, found.dtype.size)
         self.others: list[tuple[Recipe, Sizes]] = []
         if recipe is None and not found.packed:

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +59,30 @@ class Journal:
 
     def _append(self, value: object) -> None:
         line = json.dumps(value, separators=(",", ":")).encode() + b"\n"
-        with disk_errors(self.path), self.path.open("ab", buffering=0) as stream:
+        with disk_errors(self.path), self.path.open("ab") as stream:
             stream.write(line)
+            stream.flush()  # all of it, or it raises: a bare write may stop in the middle of a line
             os.fsync(stream.fileno())
 
 
 @contextmanager
 def locked(work: Path) -> Iterator[None]:
     """Hold the work folder against other processes. Raises `RequestError` if one holds it."""
-    with disk_errors(work):
-        work.mkdir(parents=True, exist_ok=True)
-        fd = os.open(work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
+    held = False
+    while not held:
+        with disk_errors(work):
+            work.mkdir(parents=True, exist_ok=True)
+            fd = os.open(work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RequestError(f"{work.parent}: another process is converting into this folder") from None
-        yield
-    finally:
-        os.close(fd)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RequestError(f"{work.parent}: another process is converting into this folder") from None
+            except OSError:
+                pass  # a disk without locks
+            with suppress(FileNotFoundError):  # whoever had it may have removed it with its folder
+                held = os.path.samestat((work / "lock").stat(), os.fstat(fd))
+            if held:
+                yield
+        finally:
+            os.close(fd)

@@ -13,6 +13,7 @@ from moelocal.quantize.convert import convert
 from moelocal.quantize.progress import progress_bar
 from moelocal.quantize.recipe import Recipe
 from moelocal.quantize.result import MANIFEST
+from moelocal.quantize.shards import SMALL
 from moelocal.quantize.sizes import WORKING, Memory, Sizes, context_that_fits, shapes_of, sizes
 from moelocal.survey import Survey, survey
 
@@ -98,12 +99,16 @@ def _sizes(found: Survey, recipe: Recipe) -> Sizes:
 
 
 def _folder(place: Path | str, recipe: Recipe, revision: str | None) -> Path:
-    """Where the quantized form of a model lies: a repository by name and revision, a folder by what lies in it now."""
+    """Where the quantized form of a model lies: a repository by name and revision, a folder by the files
+    of the model that lie in it now."""
     if isinstance(place, str):
         name = place.replace("/", "--") + ("" if revision is None else f"@{revision.replace('/', '-')}")
     else:
         digest = hashlib.sha256(str(place.resolve()).encode())
-        for file in sorted(place.iterdir()):
+        files = (
+            file for pattern in (*SMALL, "*.safetensors") for file in place.glob(pattern) if file.exists()
+        )
+        for file in sorted(files):
             digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\0".encode())
         name = f"{place.resolve().name}-{digest.hexdigest()[:12]}"
     return machine.cache_folder() / "models" / f"{name}-{recipe.name}-{recipe.digest[:8]}"

@@ -3,6 +3,7 @@ where the weights come from and what was done to them, and by which the same con
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from moelocal.config import ModelConfig, read_json
 from moelocal.errors import ConfigError, RequestError
 from moelocal.formats import QuantSpec
 from moelocal.quantize.pieces import Part, Plan, spec_of
+from moelocal.quantize.shards import state_of
 
 WORK: Final = ".conversion"
 """The folder, inside that of the result, of what is not finished."""
@@ -34,8 +36,9 @@ class Converted:
     before: bool = False
 
 
-def finished(folder: Path, request: str) -> Converted | None:
-    """The result that is there already. Raises `RequestError` for a folder that holds anything else."""
+def finished(folder: Path, request: str, source: Path | str) -> Converted | None:
+    """The result that is there already. Raises `RequestError` for a folder that holds anything else, for a result of
+    which weights are missing, and for one of a folder `source` whose weights have changed since."""
     if not folder.exists():
         return None
     if not folder.is_dir():
@@ -53,9 +56,22 @@ def finished(folder: Path, request: str) -> Converted | None:
             f"{folder}: holds files that no conversion wrote, {others[0]} among them; choose a new folder with --to"
         ) from None
     if found.get("request") != request:
+        recipe = found.get("recipe")
+        name = recipe.get("name") if isinstance(recipe, dict) else recipe
         raise RequestError(
-            f"{folder}: holds the result of another conversion ({found.get('source')}, recipe "
-            f"{found.get('recipe', {}).get('name')}); choose a new folder with --to, or delete this one"
+            f"{folder}: holds the result of another conversion ({found.get('source')}, recipe {name}); "
+            "choose a new folder with --to, or delete this one"
+        )
+    weights = [folder / name for name in found["sha256"]]
+    if sum(file.stat().st_size for file in weights if file.is_file()) != found["bytes"]:
+        raise RequestError(
+            f"{folder}: weights of this result were removed or cut off after it was finished; "
+            "delete the folder and run the same command again"
+        )
+    if isinstance(source, Path) and state_of(source) not in (None, found.get("source_state")):
+        raise RequestError(
+            f"{folder}: holds what was made of {source} before the weights there changed; "
+            "choose a new folder with --to, or delete this one"
         )
     shutil.rmtree(folder / WORK, ignore_errors=True)
     return Converted(folder, found["bytes"], found["source_bytes"], found["left_out"], before=True)
@@ -95,4 +111,6 @@ def copy(file: Path, to: Path) -> None:
     """Copy a file so that it is there whole or not at all."""
     temporary = to.with_name(f".{to.name}.part")
     shutil.copyfile(file, temporary)
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
     temporary.replace(to)

@@ -12,6 +12,7 @@ A link is replaced atomically, so each shard is a stub or whole at any moment, w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -24,9 +25,12 @@ from typing import Any, Final, Self
 
 from moelocal import hub
 from moelocal.checkpoint.files import read_header, weight_files
+from moelocal.checkpoint.writing import write_json
 from moelocal.errors import CheckpointError, ModelNotFound, MoelocalError, RequestError
 
-_SMALL: Final = ("*.json", "*.jinja", "tokenizer.model")
+SMALL: Final = ("*.json", "*.jinja", "tokenizer.model")
+"""Names of the files beside the weights that belong to a model."""
+
 _SKELETON: Final = Path("..", "skeleton")
 _DOWNLOADS: Final = Path("..", "downloads")
 
@@ -38,6 +42,7 @@ class Shards:
     folder: the skeleton with the shards that are present.
     origin: "owner/name@commit", or the absolute path of a local folder.
     files: names of the shards, in order.
+    state: of a local folder's shards when the conversion began (`state_of`); None for a repository.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class Shards:
         self.files: tuple[str, ...] = tuple(told["shards"])
         self._stamps: dict[str, list[int]] = told["shards"]
         self._repository = _repository(told["repository"]) if told["repository"] else None
+        self.state = None if self._repository else _digest(self._stamps)
         self._downloads = work / "downloads" if delete else None
         self._offline, self._delete, self._progress = offline, delete, progress
         self._jobs: dict[str, Future[None]] = {}
@@ -79,15 +85,17 @@ class Shards:
         asked = [str(place.resolve()) if isinstance(place, Path) else place, revision]
         state = work / "source.json"
         if state.exists():
-            told = json.loads(state.read_text("utf-8"))
+            try:
+                told = json.loads(state.read_text("utf-8"))
+            except ValueError:
+                raise CheckpointError(f"{state}: damaged; delete its folder and start again") from None
             if told["asked"] != asked:
-                _compare(told, place, revision, offline, work)
+                _compare(told, place, revision, offline, progress, work)
         else:
+            # perhaps of another source: what is left of a process that was killed before it was whole
+            shutil.rmtree(work / "skeleton", ignore_errors=True)
             told = {"asked": asked} | _begin(place, work / "skeleton", revision, offline, progress)
-            with hub.writing(str(source), work):
-                temporary = state.with_suffix(".writing")
-                temporary.write_text(json.dumps(told), "utf-8")
-                temporary.replace(state)
+            write_json(state, told)
         shards = cls(work, told, offline=offline, delete=delete, progress=progress)
         with hub.writing(shards.origin, work):
             shards.folder.mkdir(exist_ok=True)
@@ -215,7 +223,7 @@ def _begin(
 ) -> dict[str, Any]:
     """Fill the skeleton; what source.json will say of the source."""
     if isinstance(place, str):
-        repository = hub.find(place, revision, offline=offline)
+        repository = hub.find(place, revision, offline=offline, progress=progress)
         names = hub.skeleton(repository, skeleton, progress=progress)
         origin = f"{repository.name}@{repository.commit}"
         shards = {name: [repository.files[name].nbytes, 0] for name in names}
@@ -225,7 +233,7 @@ def _begin(
     stamps = {path.name: _stamp(path) for path in files}
     with hub.writing(str(place), skeleton):
         skeleton.mkdir(parents=True, exist_ok=True)
-        for pattern in _SMALL:
+        for pattern in SMALL:
             for path in place.glob(pattern):
                 shutil.copyfile(path, skeleton / path.name)
         for path in files:
@@ -236,11 +244,11 @@ def _begin(
 
 
 def _compare(
-    told: dict[str, Any], place: Path | str, revision: str | None, offline: bool, work: Path
+    told: dict[str, Any], place: Path | str, revision: str | None, offline: bool, progress: bool, work: Path
 ) -> None:
     """Raises `RequestError` unless `place` is what `told` says under another name."""
     if isinstance(place, str):
-        repository = hub.find(place, revision, offline=offline)
+        repository = hub.find(place, revision, offline=offline, progress=progress)
         origin = f"{repository.name}@{repository.commit}"
     else:
         origin = str(place.resolve())
@@ -254,6 +262,18 @@ def _compare(
 def _repository(told: dict[str, Any]) -> hub.Repository:
     files = {name: hub.RemoteFile(**file) for name, file in told["files"].items()}
     return hub.Repository(told["name"], told["revision"], told["commit"], files)
+
+
+def state_of(folder: Path) -> str | None:
+    """What changes when a shard of a local folder does; None if not all are there, as after their deletion."""
+    try:
+        return _digest({path.name: _stamp(path) for path in weight_files(folder)})
+    except (CheckpointError, OSError):
+        return None
+
+
+def _digest(stamps: dict[str, list[int]]) -> str:
+    return hashlib.sha256(json.dumps(stamps, sort_keys=True).encode()).hexdigest()
 
 
 def _stamp(path: Path) -> list[int]:
