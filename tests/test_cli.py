@@ -156,7 +156,8 @@ def test_impossible_sampling_is_refused_before_the_model_loads(engine, capsys):
 def test_generate(engine, capsys):
     assert main(["generate", "Hi", "--model", "m", "--offline", "--revision", "r", "--dtype", "float16"]) == 0
     assert capsys.readouterr() == ("Hällo\n", "")
-    asked = {"revision": "r", "quantization": "auto", "dtype": "float16", "offline": True, "progress": False}
+    asked = {"revision": "r", "quantization": "auto", "dtype": "float16", "snapshots": "0", "offline": True}
+    asked["progress"] = False
     assert engine.load == ("m", asked)
     assert engine.prompt == "Hi"
     assert engine.options == {
