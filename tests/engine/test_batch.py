@@ -529,5 +529,7 @@ def test_generate_takes_a_list_of_prompts(model):
 
 
 def test_a_session_takes_one_prompt(model):
-    with pytest.raises(RequestError, match="prompt: a session takes one prompt, got a list of them; pass the model"):
+    with pytest.raises(
+        RequestError, match="prompt: a session takes one prompt, got a list of them; pass the model"
+    ):
         moelocal.generate(model.session(), ["a", "b"])

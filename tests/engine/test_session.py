@@ -9,6 +9,7 @@ import pytest
 import moelocal
 from moelocal.cache import Store
 from moelocal.engine.chunks import STRIDE
+from moelocal.engine.plan import weights_nbytes
 from moelocal.engine.session import Session
 from moelocal.errors import NumericsError, RequestError
 
@@ -375,3 +376,13 @@ def test_tokens_alone_need_no_tokenizer(tmp_path, model):
     found = session.sync([5, 6, 9, 8]).miss
     assert (found.position, found.before, found.now, found.cause) == (2, "", "", "edited")
     assert session.logits.dtype == mx.float32
+
+
+@pytest.mark.parametrize(("memory", "budget"), [("1GB", 100_000_000), ("20MB", None), ("1MB", 0)])
+def test_snapshots_take_no_memory_that_the_model_needs(model, monkeypatch, memory, budget):
+    monkeypatch.setenv("MOELOCAL_MEMORY", memory)
+    fresh = moelocal.Model(model.decoder, model.folder, model.name)
+    if budget is None:  # half of what the weights leave
+        budget = (20_000_000 - weights_nbytes(model.decoder)) // 2
+        assert 0 < budget < 2_000_000
+    assert fresh.store.budget == budget

@@ -19,6 +19,7 @@ from moelocal.cache import Cache, Disk, Store
 from moelocal.config import ModelConfig
 from moelocal.engine.chunks import MESSAGE_START, boundaries, message_start
 from moelocal.engine.fingerprint import fingerprint
+from moelocal.engine.plan import memory_limit, weights_nbytes
 from moelocal.engine.reuse import common
 from moelocal.engine.sampling import Sampling
 from moelocal.engine.session import Session
@@ -31,7 +32,8 @@ from moelocal.text.tokenizer import Tokenizer
 _DTYPES: Final = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 SHARE: Final = 10
-"""Snapshots may take this part of the machine's memory, one in so many bytes."""
+"""Snapshots may take this part of the memory that a model may take, one in so many bytes, and at most half of what its
+weights leave."""
 
 RECENT: Final = 8
 """Timelines remembered, as tokens, to say where a prompt leaves them."""
@@ -89,7 +91,11 @@ class Model:
         """The snapshots that all timelines of this model share."""
         print_of = fingerprint(self.folder, self.dtype)
         disk = Disk(machine.cache_folder() / "snapshots", print_of, self._on_disk) if self._on_disk else None
-        return Store(print_of, machine.memory() // SHARE or 1 << 30, disk)
+        limit = memory_limit()
+        budget = (
+            1 << 30 if limit is None else min(limit // SHARE, (limit - weights_nbytes(self.decoder)) // 2)
+        )
+        return Store(print_of, max(budget, 0), disk)
 
     @cached_property
     def message_start(self) -> int | None:
