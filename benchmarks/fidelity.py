@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=32_768, metavar="N", help="default 32768")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
-    console = Console()
+    console = Console(width=110)
     reduction, cost = search_part()
     table = Table("format", "error against min/max", "ns per weight", title="search, heavy-tailed weights")
     for name, part in reduction.items():
