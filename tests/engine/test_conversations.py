@@ -349,14 +349,14 @@ def test_answers_are_those_of_a_cold_run(loaded, conversation):
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(conversation=actions(READ))
 def test_many_that_were_read(loaded, conversation):
     play(loaded, conversation)
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(conversation=actions(WAYS))
 def test_many_that_were_answered(loaded, conversation):
     play(loaded, conversation)

@@ -51,7 +51,7 @@ def test_a_calibration_text_changes_the_weights_and_is_noted(tmp_path, monkeypat
     monkeypatch.setattr(command, "LENGTH", 50)
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
-    common = (EMBEDDED, "--recipe", "4bit", "--method", "minmax", "--to")
+    common = (EMBEDDED, "--recipe", "4bit", "--to")
     quantize(*common, str(tmp_path / "plain"))
     quantize(*common, str(tmp_path / "fitted"), "--calibration", str(text))
     plain, fitted = (tmp_path / name for name in ("plain", "fitted"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
@@ -23,9 +23,14 @@ DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float32", "floa
 
 @cache
 def load(name: str) -> ModuleType:
-    """A module of mlx-lm, whose kernels are built when it is imported."""
+    """A module of mlx-lm, whose kernels are built when it is imported: a copy, since others may have imported it
+    without the simulator, and have none."""
+    spec = importlib.util.find_spec(f"mlx_lm.{name}")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
     with offmetal.installed():
-        return importlib.import_module(f"mlx_lm.{name}")
+        spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)
