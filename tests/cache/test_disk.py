@@ -740,7 +740,7 @@ def test_a_disk_that_nobody_has_any_more_ends_its_thread(tmp_path: Path):
     assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("steps", [60, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [60, pytest.param(2_000, marks=pytest.mark.slow)])
 def test_writing_evicting_and_reading_leaves_memory_flat(tmp_path: Path, steps: int):
     store = opened(tmp_path, budget=400_000, memory=200_000)
     chance, base, readings = random.Random(5), active(), set()
@@ -838,7 +838,7 @@ print(disk.counts["written"] > steps // 4, disk.counts["read"] > 0, disk.counts[
 """
 
 
-@pytest.mark.parametrize("steps", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [60, pytest.param(300, marks=pytest.mark.slow)])
 def test_two_processes_write_read_and_evict_at_the_same_time(tmp_path: Path, steps: int):
     arguments = [str(steps), ",".join(map(str, TOKENS[:900]))]
     processes = [

@@ -665,7 +665,7 @@ def test_a_folder_that_may_not_be_written(server, tmp_path, monkeypatch):
 # several processes, and processes that end
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_kill_at_any_moment(server, cache, kills):
     """kill -9 in the middle, again and again; then the rerun completes, and what had come was not sent again."""
     moments = np.random.default_rng(5).uniform(0.02, 0.4, kills)
