@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import mlx.core as mx
 
-from moelocal.cache import Cache, Mark, saved
+from moelocal.cache import Cache, Mark
+from moelocal.cache.cache import Chunks
 from moelocal.cache.snapshot import check
 from moelocal.engine.chunks import STRIDE, boundaries, cuts, is_cut
 from moelocal.engine.reuse import Miss, explain
@@ -87,17 +88,19 @@ class Session:
     def _begin(self, tokens: list[int]) -> tuple[int, Source]:
         """Go back to the longest beginning that leaves something to evaluate, or to know the logits by."""
         live, store = self._live(tokens), self.model.store
-        found = store.find(tokens[:-1])
+
+        def fits(chunks: Chunks) -> bool:
+            return self._fits(tokens, chunks)
+
+        found = store.find(tokens[:-1], fits)
         while found is not None and found.position > live:
-            position = found.position
             restored = store.restore(found)
             if restored is not None:
-                check(tokens[:position], restored)
-                if self._fits(tokens, restored):
-                    self._reset()
-                    self._cache, self.tokens = restored, tokens[:position]
-                    return position, found.where
-            found = store.find(tokens[: position - 1])
+                check(tokens[: found.position], restored)
+                self._reset()
+                self._cache, self.tokens = restored, tokens[: found.position]
+                return found.position, found.where
+            found = store.find(tokens[: found.position - 1], fits)
         if not live:
             self._reset()
             return 0, "nothing"
@@ -122,10 +125,10 @@ class Session:
         # where a chunk of the one ended, one of the other has to; or that place is behind a decoded token
         return begin if is_cut(tokens, begin, start) or not is_cut(self.tokens, begin, start) else 0
 
-    def _fits(self, tokens: Sequence[int], cache: Cache) -> bool:
-        """Whether a chunk of `tokens` ends where `cache` does, or that is behind a decoded token."""
-        position, start = cache.position, self.model.message_start
-        decoded = cache.chunks[-1][1] == 1 and not is_cut(tokens, position - 1, start)
+    def _fits(self, tokens: Sequence[int], chunks: Chunks) -> bool:
+        """Whether a chunk of `tokens` ends where `chunks` do, or that is behind a decoded token."""
+        position, start = sum(number * size for number, size in chunks), self.model.message_start
+        decoded = chunks[-1][1] == 1 and not is_cut(tokens, position - 1, start)
         return decoded or is_cut(tokens, position, start)
 
     def _evaluate(self, tokens: list[int]) -> None:
@@ -213,7 +216,7 @@ class Session:
 
         Raises `RequestError` if there is nothing to save, or the file cannot be written.
         """
-        saved.save(Path(path), self.model.store.fingerprint, self.tokens, self._cache)
+        self.model.store.save(Path(path), self.tokens, self._cache)
 
     @classmethod
     def load(cls, path: str | Path, model: Model) -> Session:
@@ -222,7 +225,7 @@ class Session:
         Raises `RequestError` if the file cannot be read, is damaged, or is of another model or setting.
         """
         session = cls(model)
-        session.tokens, session._cache = saved.load(Path(path), model.store.fingerprint)
+        session.tokens, session._cache = model.store.load(Path(path))
         return session
 
     @contextmanager
