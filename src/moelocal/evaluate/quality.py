@@ -20,7 +20,7 @@ from moelocal.evaluate.reference import Reference, obtain
 from moelocal.evaluate.statistics import Bootstrap, Estimate
 from moelocal.evaluate.walk import Experts, walk
 from moelocal.quantize.corpus import Corpus
-from moelocal.quantize.sizes import shapes_of, sizes
+from moelocal.quantize.sizes import stored_sizes
 from moelocal.survey import survey
 from moelocal.text.tokenizer import Tokenizer
 
@@ -231,12 +231,7 @@ def _overlap(reference: Experts, model: Experts) -> dict[int, Any]:
 
 def _described(name: str, folder: Path) -> Weights:
     found = survey(folder)
-    shapes = shapes_of(found.config)
-    stored = dict.fromkeys(shapes, 0)
-    for path, nbytes in found.stored.items():  # scales and biases belong to their weight
-        whole = path.removesuffix(".scales").removesuffix(".biases")
-        stored[path if path in stored else f"{whole}.weight"] += nbytes
-    weighed = sizes(found.config, shapes, found.packed, found.dtype.size, stored)
+    weighed = stored_sizes(found)
     return Weights(name, weighed.nbytes, weighed.bits_per_weight, weighed.read_per_token, found.formats)
 
 

@@ -24,6 +24,7 @@ from moelocal.quantize.sizes import (
     parse_size,
     shapes_of,
     sizes,
+    stored_sizes,
 )
 from moelocal.survey import Survey, survey
 
@@ -95,7 +96,7 @@ class _Report:
         self.place, self.found, self.memory = place, found, memory
         self.config, self.recipe, self.target = found.config, recipe, target
         self.shapes = shapes_of(found.config)
-        self.now = sizes(self.config, self.shapes, found.packed, found.dtype.size, self._stored())
+        self.now = stored_sizes(found)
         self.kept: list[str] = []
         self.then: Sizes | None = None
         if recipe is not None:
@@ -110,15 +111,6 @@ class _Report:
                 other = Recipe.open(name)
                 plan = other.plan(self.config, self.shapes)
                 self.others.append((other, sizes(self.config, self.shapes, plan, found.dtype.size)))
-
-    def _stored(self) -> dict[str, int]:
-        """Bytes in the files of every tensor that `shapes` names, scales and biases with their weight."""
-        stored = self.found.stored
-        beside = {name: name.removesuffix(".weight") for name in self.shapes}
-        return {
-            name: sum(stored.get(n, 0) for n in {name, f"{path}.scales", f"{path}.biases"})
-            for name, path in beside.items()
-        }
 
     def _context(self, found: Sizes) -> int | None:
         return context_that_fits(self.config, found, self.memory.usable)

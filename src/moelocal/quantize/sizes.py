@@ -20,6 +20,7 @@ from moelocal.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec
 from moelocal.errors import RequestError
 from moelocal.formats import QuantSpec
 from moelocal.quantize.recipe import class_of
+from moelocal.survey import Survey
 
 WORKING: Final = 1_000_000_000
 """Bytes beside weights, states and cache. An assumption: not measured on a Mac."""
@@ -182,6 +183,15 @@ def sizes(
         ),
         *_cache(config, dtype_size),
     )
+
+
+def stored_sizes(found: Survey) -> Sizes:
+    """Sizes of a checkpoint as its files have them, scales and biases with their weight."""
+    shapes, stored = shapes_of(found.config), dict[str, int]()
+    for name in shapes:
+        path = name.removesuffix(".weight")
+        stored[name] = sum(found.stored.get(n, 0) for n in {name, f"{path}.scales", f"{path}.biases"})
+    return sizes(found.config, shapes, found.packed, found.dtype.size, stored)
 
 
 class _Tensor(NamedTuple):
