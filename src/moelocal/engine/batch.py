@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 import mlx.core as mx
@@ -27,14 +27,13 @@ import mlx.core as mx
 from moelocal.cache import Cache
 from moelocal.cache.ragged import Rows
 from moelocal.engine.completion import Completion, Event
-from moelocal.engine.generate import MOST_TOKENS, Prompt, _Answer, _read, _Step
+from moelocal.engine.generate import Prompt, _Answer, _prepared, _Step
 from moelocal.engine.load import Model
-from moelocal.engine.plan import batch_nbytes, fit, memory_limit
+from moelocal.engine.plan import batch_nbytes, memory_limit
 from moelocal.engine.sampling import Sampler, Sampling, log_probabilities
 from moelocal.engine.session import Session
-from moelocal.errors import BatchError, ContextOverflow, MoelocalError, NumericsError, RequestError
+from moelocal.errors import BatchError, MoelocalError, NumericsError, RequestError
 from moelocal.ops.host import MANY_ROWS
-from moelocal.text.detokenizer import Detokenizer
 
 MOST_ROWS: Final = 8
 """Answers that grow at once unless `rows` says otherwise: the most that our kernels take."""
@@ -98,31 +97,16 @@ def stream_batch(
 
 def _row(model: Model, index: int, request: Request, started: float) -> _Row:
     """A request, checked."""
-    logprobs, max_tokens = request.logprobs, request.max_tokens
-    if logprobs is not None and (not isinstance(logprobs, int) or isinstance(logprobs, bool) or logprobs < 0):
-        raise RequestError(f"logprobs: expected an integer from 0, or None, got {logprobs!r}")
-    tokens, parser = _read(model, request.prompt, request.stop, request.thinking, request.tools, request.raw)
-    room = model.config.context - len(tokens)
-    if room < 1:
-        raise ContextOverflow(
-            f"the prompt has {len(tokens)} tokens, the context of {model.name} {model.config.context}; shorten it"
-        )
-    if max_tokens is None:
-        max_tokens = MOST_TOKENS
-    elif not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
-        raise RequestError(f"max_tokens: expected an integer from 1, got {max_tokens!r}")
-    most = fit(model.decoder, len(tokens), min(max_tokens, room), asked=request.max_tokens is not None)
-    mask = model.tokenizer.token_mask(model.config.vocab)
+    settings = {each.name: getattr(request, each.name) for each in fields(request)}
+    answer, sampler, most, mask = _prepared(model, started=started, **settings)
     return _Row(
         index=index,
         session=model.session(),
-        answer=_Answer(tokens, Detokenizer(model.tokenizer), parser, model.stop_tokens, started),
-        sampler=Sampler(
-            request.sampling or model.defaults, token_mask=mask, seed=request.seed, prompt=tokens
-        ),
+        answer=answer,
+        sampler=sampler,
         most=most,
-        logprobs=logprobs,
-        mask=mx.array(mask),
+        logprobs=request.logprobs,
+        mask=mask,
     )
 
 

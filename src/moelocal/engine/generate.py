@@ -107,6 +107,42 @@ def stream(
     lasting = isinstance(model, Session)
     session = model if isinstance(model, Session) else model.session()
     model = session.model
+    answer, sampler, most, allowed = _prepared(
+        model, prompt, started, max_tokens, sampling, stop, seed, thinking, tools, logprobs, raw
+    )
+
+    def events() -> Generator[Event, None, None]:
+        mx.reset_peak_memory()
+        answer.reuse = session.sync(answer.prompt)
+        done = None
+        with closing(_steps(session, sampler, most, logprobs, allowed)) as steps:
+            for event in answer.events(steps):
+                done = event.completion
+                yield event
+        if lasting and not raw and done is not None and done.finish_reason != "length":
+            following = _following(model, prompt, done, thinking, tools)
+            if following:
+                session.sync(following)
+                session.keep()
+
+    return events()
+
+
+def _prepared(
+    model: Model,
+    prompt: Prompt,
+    started: float,
+    max_tokens: int | None,
+    sampling: Sampling | None,
+    stop: Sequence[str],
+    seed: int | None,
+    thinking: bool | None,
+    tools: Sequence[Mapping[str, Any]] | None,
+    logprobs: int | None,
+    raw: bool,
+) -> tuple[_Answer, Sampler, int, mx.array]:
+    """A request, checked: what collects its answer, what draws it, its most tokens, and the tokens there are, bool [V].
+    Arguments and errors as of `stream`."""
     if logprobs is not None and (not isinstance(logprobs, int) or isinstance(logprobs, bool) or logprobs < 0):
         raise RequestError(f"logprobs: expected an integer from 0, or None, got {logprobs!r}")
     tokens, parser = _read(model, prompt, stop, thinking, tools, raw)
@@ -125,23 +161,7 @@ def stream(
     sampler = Sampler(sampling or model.defaults, token_mask=mask, seed=seed, prompt=tokens)
     answer = _Answer(tokens, Detokenizer(model.tokenizer), parser, model.stop_tokens, started)
     most = fit(model.decoder, len(tokens), min(max_tokens, room), asked=asked)
-    allowed = mx.array(mask)
-
-    def events() -> Generator[Event, None, None]:
-        mx.reset_peak_memory()
-        answer.reuse = session.sync(tokens)
-        done = None
-        with closing(_steps(session, sampler, most, logprobs, allowed)) as steps:
-            for event in answer.events(steps):
-                done = event.completion
-                yield event
-        if lasting and not raw and done is not None and done.finish_reason != "length":
-            following = _following(model, prompt, done, thinking, tools)
-            if following:
-                session.sync(following)
-                session.keep()
-
-    return events()
+    return answer, sampler, most, mx.array(mask)
 
 
 def _following(
