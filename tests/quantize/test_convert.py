@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from moelocal.quantize.convert import convert
 from moelocal.quantize.journal import locked
 from moelocal.quantize.pieces import Piece
 from moelocal.quantize.recipe import Plan, Recipe, class_of
+from moelocal.quantize.shards import Shards
 from moelocal.quantize.streamed import block_of
 from parity.checkpoints import SMALL, tokens, write
 from parity.checkpoints import Recipe as Random
@@ -291,17 +293,25 @@ def test_a_repository_becomes_what_its_folder_does(tmp_path, mixed, monkeypatch,
     convert(folder, tmp_path / "from folder", mixed, method="minmax")
     repo = Repo({file.name: file for file in folder.iterdir()})
     downloads = tmp_path / "out" / ".conversion" / "downloads"
-    write_piece = module._Conversion._write
+    write_piece, bring = module._Conversion._write, Shards._bring
 
     def watched(self: Any, *args: Any) -> None:
         assert len(list(downloads.glob("*"))) <= 2, "that in use and the next"
         write_piece(self, *args)
 
+    def after_the_third(self: Any, repository: Any, name: str) -> None:
+        """The fourth is asked for when the third is whole: otherwise its refusal may end the run before that."""
+        before = self._jobs.get(name.replace("00004", "00003"))
+        if "00004" in name and before is not None:
+            wait([before])
+        bring(self, repository, name)
+
     monkeypatch.setattr(module._Conversion, "_write", watched)
+    monkeypatch.setattr(Shards, "_bring", after_the_third)
     with connected(monkeypatch, tmp_path / "cache", repo) as server:
         # the first two requests are for the header
-        cut, forbidden = Fault("model-00003", skip=2, cut=5000), Fault("model-00004", 99, 2, status=403)
-        server.faults = [cut, forbidden]
+        cut = Fault("model-00003", skip=2, cut=5000)
+        server.faults = [cut, *(Fault(f"model-0000{i}", 99, 2, status=403) for i in (4, 5))]
         with pytest.raises(ModelNotFound):
             convert(NAME, tmp_path / "out", mixed, method="minmax", delete_source=delete)
         assert not (tmp_path / "out" / "config.json").exists()
