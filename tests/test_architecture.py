@@ -30,7 +30,7 @@ ORDER = (
         "hub",
         "survey",
     ),
-    *("text", "quantize", "engine", "evaluate", "doctor", "chat", "cli"),
+    *("text", "quantize", "engine", "evaluate", "doctor", "bench", "pelican", "cost", "chat", "cli"),
 )
 LAST = ("__init__", "__main__")
 """these gather everything: they may import any module"""
@@ -101,8 +101,8 @@ def test_dependencies_are_those_that_are_imported(root):
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[\[<>=; ]", line)[0].replace("-", "_") for line in project["dependencies"]}
     used = {name.split(".")[0] for files in parts().values() for file in files for name in imported(file)}
-    plots = {"matplotlib"}  # the extra `plot`: where it is missing, one line says how to get it
-    assert used - set(sys.stdlib_module_names) - {"moelocal"} - plots == declared
+    extras = {"matplotlib", "resvg_py"}  # where one is missing, one line says how to get it
+    assert used - set(sys.stdlib_module_names) - {"moelocal"} - extras == declared
 
 
 def test_no_module_is_named_after_nothing():

@@ -10,11 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import moelocal
+from moelocal.bench import command as bench
 from moelocal.chat import command
 from moelocal.chat.keyboard import decode
+from moelocal.cost import command as cost
+from moelocal.cost import record
 from moelocal.doctor.command import add_flags, doctor
+from moelocal.engine.completion import Completion
 from moelocal.evaluate import command as evaluation
 from moelocal.evaluate import verify_command
+from moelocal.pelican import command as pelican
 from moelocal.quantize import command as quantization
 from moelocal.quantize import inspect
 
@@ -48,6 +53,9 @@ def main(arguments: Sequence[str] | None = None, program: str = "moelocal") -> i
     verify_command.add_flags(
         add("verify", "prove that warm answers are those of a cold run", verify_command.run)
     )
+    bench.add_flags(add("bench", "how fast a model is here, alone and beside other programs", bench.run))
+    pelican.add_flags(add("pelican", "models draw a pelican on a bicycle, side by side", pelican.run))
+    cost.add_flags(add("cost", "what a log of API calls cost, and would cost here", cost.run))
     add("version", "print the version", _version)
 
     parsed = parser.parse_args(arguments)
@@ -63,13 +71,17 @@ def _generate(parsed: argparse.Namespace) -> None:
         prompt = [{"role": "system", "content": parsed.system}, {"role": "user", "content": prompt}]
     model, options = command.load(parsed)
     options |= {"thinking": command.thinking(parsed), "raw": parsed.raw}
+    done: Completion | None = None
     if parsed.json:
         done = moelocal.generate(model, prompt, **options)
         print(json.dumps(dataclasses.asdict(done), ensure_ascii=False))
-        return
-    for event in moelocal.stream(model, prompt, **options):
-        print(event.text, end="", flush=True)
-    print()
+    else:
+        for event in moelocal.stream(model, prompt, **options):
+            print(event.text, end="", flush=True)
+            done = event.completion or done
+        print()
+    if parsed.log is not None and done is not None:
+        record.append(parsed.log, model.name, prompt, done)
 
 
 def _version(parsed: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import moelocal
@@ -63,7 +64,9 @@ def chat(parsed: argparse.Namespace) -> None:
     screen = Screen(sys.stdout, sys.stderr, dialogue=dialogue)
     model, options = load(parsed)
     conversation = Conversation(system=parsed.system, thinking=thinking(parsed))
-    program = Chat(model, screen, options, raw=parsed.raw, dialogue=dialogue, conversation=conversation)
+    program = Chat(
+        model, screen, options, raw=parsed.raw, dialogue=dialogue, conversation=conversation, log=parsed.log
+    )
     if parsed.prompt is not None:
         program.answer(parsed.prompt)
     elif dialogue:
@@ -168,6 +171,12 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
         help="end before TEXT; may be repeated",
     )
     group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    group.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="add prompts and answers to FILE, for moelocal cost; else none is kept",
+    )
     for name, (kind, description) in SAMPLING_FLAGS.items():
         group.add_argument("--" + name.replace("_", "-"), type=kind, metavar="X", help=description)
 

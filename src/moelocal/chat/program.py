@@ -14,6 +14,7 @@ from moelocal.chat import conversation as files
 from moelocal.chat.conversation import Conversation, Message
 from moelocal.chat.keyboard import Keyboard
 from moelocal.chat.screen import Screen
+from moelocal.cost import record
 from moelocal.errors import MoelocalError, RequestError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Chat:
 
     `options` are passed on to `moelocal.stream`. `raw`: each turn is a plain text to be continued; no turn
     knows of another. `dialogue`: a person reads along, so errors are shown and Ctrl-C ends the answer alone;
-    without one both end the program.
+    without one both end the program. `log`: a file to which every whole answer is added with its prompt.
     """
 
     model: Model
@@ -68,6 +69,7 @@ class Chat:
     raw: bool = False
     dialogue: bool = True
     conversation: Conversation = field(default_factory=Conversation)
+    log: Path | None = None
     totals: Totals = field(default_factory=Totals)
     session: Session = field(init=False)
 
@@ -152,6 +154,8 @@ class Chat:
             self.screen.note("(cut off: no tokens left; --max-tokens allows more, up to the model's context)")
         self.totals.add(done)
         self.screen.note(summary(done))
+        if self.log is not None:
+            record.append(self.log, self.model.name, prompt, done)
 
     def _command(self, line: str) -> bool:
         name, _, argument = line.partition(" ")

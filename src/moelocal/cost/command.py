@@ -1,0 +1,319 @@
+"""`moelocal cost`: its flags, its progress, its order of work."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from moelocal import hub, machine
+from moelocal.bench import results
+from moelocal.bench.header import slug
+from moelocal.cost import local, prices
+from moelocal.cost.estimate import Tally
+from moelocal.cost.local import number
+from moelocal.cost.logs import Lines, Logs, Progress
+from moelocal.cost.prices import Prices
+from moelocal.cost.report import Report
+from moelocal.cost.sample import Pair, Recorded, Sampler, run_again, texts
+from moelocal.engine.completion import Completion
+from moelocal.engine.generate import generate
+from moelocal.engine.load import load
+from moelocal.errors import RequestError
+from moelocal.text.tokenizer import Tokenizer
+
+_PICTURES: Final = (".png", ".svg", ".pdf")
+_MOST_SAMPLED: Final = 1_000
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `cost`."""
+    parser.add_argument(
+        "logs",
+        nargs="*",
+        type=Path,
+        metavar="LOG",
+        help="a file of calls (.jsonl, .json, also .gz), or a folder of them",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it as .png, .svg or .pdf")
+    group = parser.add_argument_group("prices of the APIs")
+    group.add_argument(
+        "--prices", type=Path, metavar="FILE", help="a price table; else your own, else the built-in one"
+    )
+    group.add_argument(
+        "--local-as",
+        metavar="MODEL",
+        help="price the local calls of our own logs as if MODEL had answered them",
+    )
+    group.add_argument(
+        "--copy-prices",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="FILE",
+        help="copy the built-in table to be edited, and leave; without FILE to ~/.config/moelocal/prices.toml, "
+        "which is used from then on",
+    )
+    group = parser.add_argument_group(
+        "this machine (without a flag: as moelocal bench measured it, else assumed)"
+    )
+    group.add_argument(
+        "--tokens-per-second",
+        type=number(0),
+        metavar="X",
+        help=f"of decoding (else assumed {local.DECODE:g})",
+    )
+    group.add_argument(
+        "--prefill-tokens-per-second",
+        type=number(0),
+        metavar="X",
+        help=f"of prompts (else assumed {local.PREFILL:g})",
+    )
+    group.add_argument(
+        "--watts",
+        type=number(0, zero=True),
+        metavar="X",
+        help=f"while it works (else assumed {local.WATTS:g})",
+    )
+    group.add_argument(
+        "--price-per-kwh",
+        type=number(0, zero=True),
+        metavar="X",
+        help=f"of electricity, in dollars (else assumed {local.PRICE_PER_KWH:g})",
+    )
+    group.add_argument(
+        "--machine-price", type=number(0), metavar="X", help="in dollars, for the break-even volume"
+    )
+    group.add_argument(
+        "--years",
+        type=number(0),
+        default=local.YEARS,
+        metavar="X",
+        help="that it serves (default %(default)g)",
+    )
+    group.add_argument("--results", type=Path, metavar="FOLDER", help="of moelocal bench")
+    group = parser.add_argument_group("ask again, here")
+    group.add_argument(
+        "--sample", type=int, default=0, metavar="N", help="ask N of the recorded prompts again"
+    )
+    group.add_argument(
+        "--model", metavar="NAME", help="a folder, or a name in the Hugging Face cache; else the embedded one"
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the sample and its answers (default 0)"
+    )
+    group.add_argument(
+        "--max-tokens", type=int, default=1024, metavar="N", help="of each answer (default %(default)s)"
+    )
+    group.add_argument("--no-thinking", action="store_true", help="answer without thinking first")
+    group.add_argument(
+        "--page",
+        type=Path,
+        default=Path("cost.html"),
+        metavar="FILE",
+        help="where both answers stand side by side (default %(default)s)",
+    )
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Say what the API calls of a log cost, and what they would cost on this machine. Reads exports of OpenAI and
+    Anthropic and logs of moelocal; opens no connection."""
+    if parsed.copy_prices is not None:
+        to = prices.user_file() if parsed.copy_prices == Path() else parsed.copy_prices
+        print(f"{prices.copy_table(to)}: the built-in prices, to be edited")
+        if not parsed.logs:
+            return
+    if not parsed.logs:
+        raise RequestError("name a log to read: a file or a folder")
+    _check(parsed)
+    report, sampler = survey(parsed)
+    lines = [_printable(line) for line in report.as_lines()]
+    print("\n".join(lines))
+    pairs: list[Pair] = []
+    if parsed.sample:
+        pairs = _ask_again(parsed, report, sampler, lines)
+    if parsed.json:
+        found = report.as_dict()
+        if parsed.sample:
+            found["sample"] = {
+                "page": str(parsed.page),
+                "offered": sampler.offered,
+                "pairs": [_facts(p) for p in pairs],
+            }
+        print(json.dumps(found))
+    if parsed.plot is not None:  # last: if its disk is full, the figures are there
+        # imported here: matplotlib takes a second, and is an extra
+        from moelocal.cost.plot import plot
+
+        plot(report.tally, report.even, parsed.plot)
+
+
+def survey(parsed: argparse.Namespace) -> tuple[Report, Sampler]:
+    """Read the logs, price them, and compare. Raises `RequestError`, `ConfigError`; `TokenizerError`, `ModelNotFound`
+    if tokens must be counted and the model's tokenizer cannot be read."""
+    logs = Logs.find(parsed.logs)
+    counting = _Tokenizer(parsed.model)
+    sampler = Sampler(parsed.sample, parsed.seed)
+    table = Prices.open(parsed.prices)
+    if parsed.local_as and table.find(parsed.local_as, None, 0) is None:
+        raise RequestError(f"--local-as {parsed.local_as}: no such model in {table.file}")
+    tally = Tally(table, counting.count, sampler.offer if parsed.sample else None, parsed.local_as)
+    lines = Lines()
+    started = time.perf_counter()
+    with _bar("reading the logs", "nbytes") as progress:
+        for place, entry in logs.read(lines, progress):
+            tally.add(place, entry)
+    tally.finish()
+    seconds = time.perf_counter() - started
+    total = tally.total
+    folder = parsed.results or results.default_folder()
+    rows = local.measured(folder, slug(machine.chip() or "unknown chip"))
+    here = local.machine(
+        rows,
+        parsed.model,
+        total.prompt / total.calls if total.calls else 0.0,
+        prefill=parsed.prefill_tokens_per_second,
+        decode=parsed.tokens_per_second,
+        watts=parsed.watts,
+        price=parsed.price_per_kwh,
+    )
+    priced = local.cost(here, total.priced_prompt, total.priced_output)
+    everything = local.cost(here, total.prompt, total.output)
+    even = None
+    if parsed.machine_price is not None and total.priced:
+        volume = tally.calls_per_month
+        tokens = total.priced_prompt + total.priced_output
+        even = local.break_even(
+            parsed.machine_price,
+            parsed.years,
+            total.dollars,
+            priced,
+            total.priced,
+            tokens,
+            volume * total.priced / total.calls if volume else None,
+        )
+    return Report(logs, lines, tally, here, priced, everything, even, counting.name, seconds), sampler
+
+
+class _Tokenizer:
+    """Counts tokens where a log does not say them. Opened when it is first needed."""
+
+    def __init__(self, model: str | None) -> None:
+        self._model, self._opened = model, None
+        self.name = "the embedded model" if model is None else model
+        self._tokenizer: Tokenizer | None = None
+
+    def count(self, text: str) -> int:
+        """Tokens of a text. Half surrogate pairs, which JSON may hold, count as the character for the unknown."""
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.open(hub.resolve(self._model, offline=True))
+        return len(self._tokenizer.encode(text.encode("utf-8", "replace").decode())) if text else 0
+
+
+def _ask_again(parsed: argparse.Namespace, report: Report, sampler: Sampler, lines: list[str]) -> list[Pair]:
+    recorded = texts(report.logs, sampler.drawn())
+    if not recorded:
+        print("\nsample: no call with its prompt and answer as text, so none can be asked again")
+        return []
+    model = load(parsed.model, offline=True, progress=sys.stderr.isatty())
+    thinking = False if parsed.no_thinking else None
+
+    def answer(messages: list[dict[str, Any]], tools: list[Mapping[str, Any]] | None) -> Completion:
+        return generate(
+            model, messages, tools=tools, seed=parsed.seed, max_tokens=parsed.max_tokens, thinking=thinking
+        )
+
+    pairs = list(_with_bar(recorded, answer))
+    # imported here: only a sample needs jinja2
+    from moelocal.cost import page
+
+    made = f"Made on {datetime.now(UTC):%Y-%m-%d} on {machine.chip() or 'an unknown chip'}."
+    text = page.render(
+        pairs,
+        model=model.name,
+        seed=parsed.seed,
+        offered=sampler.offered,
+        report="\n".join(lines),
+        made=made,
+    )
+    page.write(parsed.page, text)
+    answered = [pair for pair in pairs if pair.done is not None]
+    print(
+        f"\nsample     {len(answered)} of {len(pairs)} prompts answered by {model.name}: {_printable(str(parsed.page))}"
+    )
+    return pairs
+
+
+def _with_bar(recorded: list[Recorded], answer: Callable[..., Completion]) -> Iterator[Pair]:
+    with _bar("asking again", "prompts") as progress:
+        for done, pair in enumerate(run_again(recorded, answer), 1):
+            progress(done, len(recorded))
+            yield pair
+
+
+def _facts(pair: Pair) -> dict[str, Any]:
+    """Of a pair without its texts."""
+    recorded, done = pair.recorded, pair.done
+    return {
+        "where": recorded.where,
+        "kind": recorded.kind,
+        "model": recorded.model,
+        "recorded_prompt_tokens": recorded.prompt_tokens,
+        "recorded_output_tokens": recorded.output_tokens,
+        "recorded_seconds": recorded.seconds,
+        "prompt_tokens": done.usage.prompt if done else None,
+        "output_tokens": done.usage.completion if done else None,
+        "seconds": pair.seconds,
+        "error": pair.error,
+    }
+
+
+def _check(parsed: argparse.Namespace) -> None:
+    """Before anything takes long: what could only fail at the end. Raises `RequestError`."""
+    if not 0 <= parsed.sample <= _MOST_SAMPLED:
+        raise RequestError(f"--sample {parsed.sample}: expected 0 to {_MOST_SAMPLED}")
+    if parsed.sample and parsed.max_tokens < 1:
+        raise RequestError(f"--max-tokens {parsed.max_tokens}: expected 1 or more")
+    for flag, file in (("--plot", parsed.plot), ("--page", parsed.page if parsed.sample else None)):
+        if file is None:
+            continue
+        if file.is_dir():
+            raise RequestError(f"{flag} {file}: is a folder; expected the name of a file")
+        if not file.absolute().parent.is_dir():
+            raise RequestError(f"{flag} {file}: no folder {file.absolute().parent}")
+    if parsed.plot is not None:
+        if parsed.plot.suffix not in _PICTURES:
+            raise RequestError(f"--plot {parsed.plot}: expected a name that ends in {', '.join(_PICTURES)}")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise RequestError("--plot needs matplotlib: pip install 'moelocal[plot]'")
+
+
+def _printable(text: str) -> str:
+    """The name of a file may hold bytes that are no text."""
+    return text.encode("utf-8", "replace").decode()
+
+
+@contextmanager
+def _bar(what: str, unit: str) -> Iterator[Progress]:
+    """A progress bar with the time that is left, on a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    # imported here: only a terminal needs it
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    amount = DownloadColumn() if unit == "nbytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)

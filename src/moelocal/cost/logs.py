@@ -1,0 +1,215 @@
+"""Log files, read as a stream: plain or gzip, JSON lines or one JSON value, files or folders of them.
+
+Memory is bounded by the longest line that is accepted, not by the size of a log.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Final, Literal, cast
+
+from moelocal.cost.fields import Malformed, UnknownShape, clean
+from moelocal.cost.shapes import Entry, parse
+from moelocal.errors import RequestError
+
+SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".log")
+"""Of the files that are read from a folder, each also with .gz behind it. A file named by itself may have any."""
+LONGEST: Final = 1 << 26
+"""Bytes of a line, and of a .json file that is one value: 64 MB."""
+_SHOWN: Final = 5
+
+Progress = Callable[[int, int], None]
+"""Called with bytes read, and bytes in all."""
+Fate = Literal["read", "empty", "malformed", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an entry stands: the number of its file, its line from 1, its number on the line from 0."""
+
+    file: int
+    line: int
+    item: int = 0
+
+
+@dataclass(slots=True)
+class Lines:
+    """How many lines there were, and what became of them. `shown`: the first few of each fate that were not read, as
+    (file, line, reason); `reasons`: how many of each reason for unknown shapes; `damaged`: files that end too early;
+    `left_out`: files of folders whose names are not those of logs."""
+
+    counts: dict[Fate, int] = field(
+        default_factory=lambda: {"read": 0, "empty": 0, "malformed": 0, "unknown": 0}
+    )
+    shown: dict[Fate, list[tuple[str, int, str]]] = field(
+        default_factory=lambda: {"malformed": [], "unknown": []}
+    )
+    damaged: list[str] = field(default_factory=list)
+    left_out: int = 0
+
+    @property
+    def total(self) -> int:
+        """All lines."""
+        return sum(self.counts.values())
+
+    def count(self, fate: Fate, file: Path, line: int, reason: str = "") -> None:
+        """One more line."""
+        self.counts[fate] += 1
+        if fate in self.shown and len(self.shown[fate]) < _SHOWN:
+            self.shown[fate].append((str(file), line, reason))
+
+
+class Logs:
+    """The files of a report, in order. Reading them twice gives the same entries at the same places."""
+
+    def __init__(self, files: Sequence[Path], left_out: int = 0) -> None:
+        self.files, self.left_out = list(files), left_out
+
+    @classmethod
+    def find(cls, names: Sequence[Path]) -> Logs:
+        """Files as they are named, and those of folders that are named like logs. Raises `RequestError`."""
+        found: dict[Path, Path] = {}  # by its real path, so that no file is counted twice
+        left_out = 0
+        for name in names:
+            try:
+                path = name.expanduser()
+                if not path.is_dir():
+                    if not path.exists():
+                        raise RequestError(f"{name}: no such file or folder")
+                    if not path.is_file():
+                        raise RequestError(f"{name}: expected a file or a folder, got something else")
+                    found.setdefault(path.resolve(), path)
+                    continue
+                for folder, folders, files in os.walk(path):
+                    folders.sort()
+                    for file in (Path(folder) / each for each in sorted(files)):
+                        if file.name.lower().removesuffix(".gz").endswith(SUFFIXES) and file.is_file():
+                            found.setdefault(file.resolve(), file)
+                        else:
+                            left_out += 1
+            except (RuntimeError, ValueError, OSError) as error:  # ~nobody, a zero byte, a name too long
+                raise RequestError(f"{name}: cannot be read: {error}") from None
+        if not found:
+            endings = ", ".join(SUFFIXES)
+            raise RequestError(
+                f"{', '.join(map(str, names))}: no log in it; a folder's files are read if they end in {endings} "
+                "(or those with .gz)"
+            )
+        return cls(list(found.values()), left_out)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files as they lie on the disk."""
+        return sum(file.stat().st_size for file in self.files if file.is_file())
+
+    def read(self, lines: Lines, progress: Progress | None = None) -> Iterator[tuple[Place, Entry]]:
+        """All entries with their places; `lines` counts every line. Raises `RequestError` for a file that cannot be
+        opened."""
+        lines.left_out = self.left_out
+        total, done = self.nbytes, 0
+        for index, file in enumerate(self.files):
+            try:
+                with file.open("rb") as raw:
+                    for number, line in _values(file, raw, lines):
+                        if progress and number % 256 == 1:
+                            progress(done + raw.tell(), total)
+                        for item, entry in enumerate(_entries(line, file, number, lines)):
+                            yield Place(index, number, item), entry
+                    done += raw.tell()
+            except OSError as error:
+                raise RequestError(f"{file}: cannot be read: {error.strerror or error}") from None
+        if progress:
+            progress(total, total)
+
+    def reread(self, places: Sequence[Place]) -> dict[Place, Entry]:
+        """The entries at some places, by reading the files that hold them again."""
+        wanted: dict[int, set[int]] = {}
+        for place in places:
+            wanted.setdefault(place.file, set()).add(place.line)
+        found: dict[Place, Entry] = {}
+        for index, numbers in sorted(wanted.items()):
+            last, lines = max(numbers), Lines()
+            with self.files[index].open("rb") as raw:
+                for number, line in _values(self.files[index], raw, lines):
+                    if number in numbers:
+                        for item, entry in enumerate(_entries(line, self.files[index], number, lines)):
+                            found[Place(index, number, item)] = entry
+                    if number >= last:
+                        break
+        return {place: found[place] for place in places if place in found}
+
+
+_TOO_LONG: Final = object()
+
+
+def _values(file: Path, raw: BinaryIO, lines: Lines) -> Iterator[tuple[int, Any]]:
+    """The lines of a file with their numbers, as bytes; a .json file that is one value as that value, on line 1."""
+    magic = raw.read(2)
+    raw.seek(0)
+    packed = magic == b"\x1f\x8b"
+    stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if packed else raw
+    if file.name.lower().removesuffix(".gz").endswith(".json"):
+        whole = _whole(stream)
+        if whole is not None:
+            items = whole if isinstance(whole, list) else [whole]
+            yield from ((number, item) for number, item in enumerate(items, 1))
+            return
+        stream.seek(0)
+    number = 0
+    while True:
+        number += 1
+        try:
+            line = stream.readline(LONGEST + 1)
+            if not line:
+                return
+            if len(line) > LONGEST:
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(LONGEST)
+                yield number, _TOO_LONG
+                continue
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            lines.damaged.append(f"{file}: damaged behind line {number - 1}: {str(error).rstrip('.')}")
+            return
+        yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+
+def _whole(stream: BinaryIO) -> Any:
+    """The one JSON value that a stream is, if it is not long; None if it is something else."""
+    try:
+        data = stream.read(LONGEST + 1)
+        return json.loads(data) if len(data) <= LONGEST else None
+    except (ValueError, RecursionError, EOFError, OSError, zlib.error):
+        return None
+
+
+def _entries(line: Any, file: Path, number: int, lines: Lines) -> list[Entry]:
+    """The entries of a line, which is counted here."""
+    try:
+        if line is _TOO_LONG:
+            raise Malformed(f"longer than {LONGEST >> 20} MB")
+        if isinstance(line, bytes):
+            if not line.strip():
+                lines.count("empty", file, number)
+                return []
+            line = json.loads(line.decode().rstrip("\r\n"))
+        entries = parse(line)
+    except json.JSONDecodeError as error:
+        lines.count("malformed", file, number, f"not JSON: {error.msg}, character {error.pos + 1}")
+    except UnicodeDecodeError as error:
+        lines.count("malformed", file, number, f"not UTF-8 text: byte {error.start + 1}")
+    except (Malformed, ValueError) as error:  # ValueError: a number of thousands of digits
+        lines.count("malformed", file, number, clean(str(error)))
+    except RecursionError:
+        lines.count("malformed", file, number, "nested too deeply")
+    except UnknownShape as error:
+        lines.count("unknown", file, number, clean(str(error)))
+    else:
+        lines.count("read", file, number)
+        return entries
+    return []

@@ -1,0 +1,69 @@
+"""A picture of the report: spend by month and model, and where a machine begins to pay."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from moelocal.cost.estimate import Sum, Tally
+from moelocal.cost.local import BreakEven
+from moelocal.errors import RequestError
+
+_MODELS = 8
+"""Models with a colour of their own; the cheaper ones share one."""
+
+
+def plot(tally: Tally, even: BreakEven | None, file: Path) -> None:
+    """Draw to `file`, whose name says the format. Raises `RequestError` if it cannot be written."""
+    figure = Figure(figsize=(13 if even else 8, 4), layout="constrained")
+    left, *right = figure.subplots(1, 2 if even else 1, squeeze=False)[0]
+    months = sorted({month for month, _ in tally.months})
+    models = [name for name, each in tally.by_model().items() if each.dollars]
+    named, others = models[:_MODELS], models[_MODELS:]
+    groups = [(name, [name]) for name in named] + ([("others", others)] if others else [])
+    floor = [0.0] * len(months)
+    for name, members in groups:
+        heights = [
+            sum(tally.months.get((month, each), Sum()).dollars for each in members) for month in months
+        ]
+        left.bar(months, heights, bottom=floor, label=_plain(name))
+        floor = [low + height for low, height in zip(floor, heights, strict=True)]
+    left.set(ylabel="US dollars", title="API spend by month")
+    left.margins(y=0.08)
+    left.tick_params(axis="x", rotation=45)
+    if groups:
+        left.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    for axes in right:
+        assert even is not None
+        most = 2 * max(even.calls or 0.0, even.calls_per_month or 0.0, 1.0)
+        volumes = [most * step / 100 for step in range(101)]
+        fixed = even.machine_price / (12 * even.years)
+        axes.plot(volumes, [even.api_per_call * each for each in volumes], label="API")
+        axes.plot(
+            volumes,
+            [fixed + even.local_per_call * each for each in volumes],
+            label="this machine, and energy",
+        )
+        if even.calls is not None:
+            axes.axvline(
+                even.calls, color="black", linestyle="--", label=f"break-even: {even.calls:,.0f} calls"
+            )
+        if even.calls_per_month is not None:
+            axes.axvline(even.calls_per_month, color="gray", linestyle=":", label="this log")
+        axes.set(xlabel="calls per month", ylabel="US dollars per month", title="Break-even")
+        axes.legend(fontsize=7)
+    part = file.with_name(f".{os.getpid()}.{file.name}")
+    try:
+        figure.savefig(part, dpi=150)
+        part.replace(file)
+    except OSError as error:
+        raise RequestError(f"{file}: cannot be written: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib shows it: no formulas, and not hidden by a first underscore."""
+    return name.replace("$", r"\$").lstrip("_") or "?"

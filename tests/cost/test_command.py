@@ -1,0 +1,291 @@
+"""`moelocal cost` from its flags to its last line; and the script that generates a log."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from moelocal import machine
+from moelocal.bench import bandwidth
+from moelocal.bench.header import Header, Identity, slug
+from moelocal.bench.results import Row, append, read
+from moelocal.chat.command import exit_code
+from moelocal.cost import command, prices
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import cost as script  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_this_machine(tmp_path, monkeypatch):
+    """No price table of the user's, no results, and no connection."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr(command.results, "default_folder", lambda: tmp_path / "results")
+
+    def refuse(*arguments: object, **more: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory) -> Path:
+    """The generated log, shorter."""
+    file = tmp_path_factory.mktemp("log") / "log.jsonl"
+    file.write_bytes(b"".join(script.lines(600, 1)))
+    return file
+
+
+def cost(*arguments: object) -> int:
+    """The exit code of `moelocal cost`."""
+    parser = argparse.ArgumentParser(prog="moelocal cost")
+    command.add_flags(parser)
+    return exit_code(command.run, parser.parse_args([str(each) for each in arguments]))
+
+
+def last(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_generated_log_is_the_same_for_a_seed():
+    assert list(script.lines(50, 1)) == list(script.lines(50, 1)) != list(script.lines(50, 2))
+    assert len(list(script.lines(50, 1))) == 50
+
+
+def test_every_line_of_a_mixed_log_is_accounted_for(log, capsys):
+    assert cost(log, "--json") == 0
+    found = last(capsys)
+    lines = found["lines"]
+    assert lines["total"] == 600 == sum(lines[fate] for fate in ("read", "empty", "malformed", "unknown"))
+    assert min(lines[fate] for fate in ("read", "empty", "malformed", "unknown")) > 0
+    parts = (found["total"]["calls"], found["local_calls"], found["repeated"], *found["requests"].values())
+    assert found["entries"] == sum(parts) + sum(found["failed"].values())
+    assert set(found["shapes"]) == {
+        "OpenAI chat completion", "OpenAI response", "Anthropic message", "request", "moelocal log",
+        "Anthropic batch result",
+    }  # fmt: skip
+    assert found["unpriced"] == {"some-new-model": found["models"]["some-new-model"]["calls"]}
+
+
+def test_the_sum_is_that_of_the_lines_priced_by_hand(tmp_path, capsys):
+    file, table = tmp_path / "log.jsonl", tmp_path / "prices.toml"
+    table.write_text(
+        '[[price]]\nprovider = "P"\nmodels = ["m"]\ninput = 2\ncached = 1\noutput = 10\n'
+        'source = "s"\nread = 2026-11-21\n'
+    )
+    usage = {"prompt_tokens": 1000, "completion_tokens": 500, "prompt_tokens_details": {"cached_tokens": 400}}
+    call = {"object": "chat.completion", "model": "m", "choices": [], "usage": usage, "created": 1767225600}
+    later = call | {"created": 1767225600 + 10 * 86_400}
+    file.write_text(json.dumps(call) + "\n" + json.dumps(later) + "\n")
+    flags = (
+        "--tokens-per-second",
+        50,
+        "--prefill-tokens-per-second",
+        100,
+        "--watts",
+        36,
+        "--price-per-kwh",
+        0.5,
+    )
+    assert cost(file, "--prices", table, *flags, "--machine-price", 360, "--years", 1, "--json") == 0
+    output = capsys.readouterr().out
+    found = json.loads(output.splitlines()[-1])
+    # 600 fresh at 2, 400 cached at 1, 500 out at 10, in millionths; twice
+    assert found["total"]["dollars"] == pytest.approx(2 * (600 * 2 + 400 * 1 + 500 * 10) / 1e6)
+    # 1000 tokens at 100 a second and 500 at 50: 20 seconds of 36 W each
+    assert found["local"]["prefill_seconds"] == found["local"]["decode_seconds"] == 20.0
+    assert found["local"]["kwh"] == pytest.approx(40 * 36 / 3.6e6)
+    saving = (600 * 2 + 400 + 5000) / 1e6 - 20 * 36 / 3.6e6 * 0.5
+    assert found["break_even"]["calls"] == pytest.approx(30 / saving)
+    assert found["break_even"]["calls_per_month"] == pytest.approx(2 / 10 * 365.25 / 12)
+    assert "given by --watts" in output and "assumed, not" not in output
+    assert f"  360 / (12 x 1) / (0.006600 - 0.000100) = {30 / saving:,.0f} calls/month" in output
+
+
+def test_what_is_assumed_is_never_called_measured(log, capsys):
+    assert cost(log) == 0
+    output = capsys.readouterr().out
+    assert output.count("assumed, not measured;") == 5
+    assert "measured:" not in output
+    assert "break-even: needs priced calls and a price of the machine, --machine-price DOLLARS" in output
+
+
+def test_the_speed_of_this_machine_is_taken_where_it_was_measured(log, tmp_path, capsys):
+    facts = dict.fromkeys(("chip", "power", "system", "python", "mlx", "device", "moelocal", "command"), "x")
+    header = Header(
+        **facts,
+        machine=slug(machine.chip() or "unknown chip"),
+        cores=1,
+        memory=1,
+        bandwidth=1.0,
+        date="2026-11-21T10:00",
+    )
+    model = Identity("big", "4 bits", 20 << 30, "aa")
+    facts = (header, model, "speed", "moelocal", "context=2048 tokens=128 dtype=bfloat16")
+    figures = [
+        ("decode", "tokens/s", 50.0),
+        ("prefill", "tokens/s", 400.0),
+        ("decode energy", "J/token", 0.4),
+    ]
+    append(tmp_path / "results", [Row(*facts, *figure) for figure in figures])
+    assert cost(log, "--json") == 0
+    output = capsys.readouterr().out
+    origin = "measured: big, context=2048 tokens=128 dtype=bfloat16, x, 2026-11-21"
+    for label, value, unit in (
+        ("decode", 50, "tokens/s"),
+        ("prefill", 400, "tokens/s"),
+        ("power, decode", 20, "W"),
+    ):
+        assert f"  {label:<15}{value:>10} {unit:<9} {origin}\n" in output
+    assert (
+        output.count("assumed, not measured;") == 2 + 2
+    )  # power of prefill, price of energy; as text and in JSON
+
+
+def test_a_log_without_a_call_is_reported_and_no_error(tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "other.jsonl").write_text('{"level": "info"}\n\n')
+    assert cost(tmp_path, "--machine-price", 10, "--json") == 0
+    output = capsys.readouterr().out
+    assert "lines      0 read, 1 empty, 0 malformed, 1 of unknown shape" in output
+    assert f"unknown: {tmp_path}/other.jsonl: line 1: an object with level" in output
+    assert "No call that somebody billed." in output
+    assert json.loads(output.splitlines()[-1])["total"]["calls"] == 0
+
+
+def test_memory_does_not_grow_with_the_size_of_a_log(tmp_path, capsys):
+    request = {"messages": [{"role": "user", "content": "word " * 20_000}]}
+    response = {"object": "chat.completion", "model": "gpt-4.1", "choices": [], "usage": {"prompt_tokens": 9}}
+    line = json.dumps({"request": request, "response": response}) + "\n"
+    file = tmp_path / "log.jsonl"
+    file.write_text(line * 200)  # 20 MB
+    cost(file)  # what is imported or cached once is not meant
+    tracemalloc.start()
+    assert cost(file, "--sample", 0) == 0
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "200 lines" in capsys.readouterr().out
+    assert peak < 20 * len(line)  # a few copies of one line of 100 kB, not 200 of them
+
+
+def test_prompts_are_asked_again_on_one_page(log, tmp_path, capsys):
+    file = tmp_path / "cost.html"
+    assert cost(log, "--sample", 3, "--seed", 5, "--max-tokens", 4, "--page", file, "--json") == 0
+    found = last(capsys)["sample"]
+    assert [pair["error"] for pair in found["pairs"]] == [""] * 3
+    assert all(0 < pair["output_tokens"] <= 4 and pair["prompt_tokens"] > 0 for pair in found["pairs"])
+    text = file.read_text()
+    assert text.count("<h2>") == 3 + 1  # and the report
+    assert f"3 of {found['offered']} calls" in text and "seed 5" in text
+
+
+def test_local_calls_can_be_priced_as_those_of_another_model(tmp_path, capsys):
+    line = {"log": "moelocal", "time": "2026-11-01", "model": "embedded", "messages": []}
+    line["completion"] = {
+        "text": "",
+        "usage": {"prompt": 1_000_000, "completion": 500_000, "cached": 600_000},
+    }
+    (tmp_path / "log.jsonl").write_text(json.dumps(line))
+    assert cost(tmp_path) == 0
+    text = "local      1 calls, 1,000,000 tokens in, 500,000 out"
+    assert f"{text}; --local-as MODEL says what they would have cost\n" in capsys.readouterr().out
+    assert cost(tmp_path, "--local-as", "gpt-4.1") == 0
+    # dollars per million: 2 fresh, 0.5 cached, 8 out
+    assert (
+        f"{text}; 1 of them priced as gpt-4.1: ${0.4 * 2 + 0.6 * 0.5 + 0.5 * 8:.2f}\n"
+        in capsys.readouterr().out
+    )
+    assert cost(tmp_path, "--local-as", "no-model") == 1
+    assert (
+        capsys.readouterr().err
+        == f"moelocal: error: --local-as no-model: no such model in {prices.BUILT_IN}\n"
+    )
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+def test_a_file_whose_name_is_no_text_is_read(tmp_path, capsys):
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl"))
+    file.write_text("{}")
+    assert cost(file, "--json") == 0
+    assert f"unknown: {tmp_path}/?.jsonl: line 1: an empty object" in capsys.readouterr().out
+
+
+def test_the_json_holds_no_prompt(tmp_path, capsys):
+    request = {"messages": [{"role": "user", "content": "a very private question?"}]}
+    response = {"object": "chat.completion", "model": "m", "choices": [{"message": {"content": "secret"}}]}
+    (tmp_path / "log.jsonl").write_text(json.dumps({"request": request, "response": response}))
+    assert cost(tmp_path, "--json") == 0
+    output = capsys.readouterr().out
+    assert "private" not in output and "secret" not in output
+    found = json.loads(output.splitlines()[-1])
+    assert (found["total"]["estimated"], found["tokenizer"]) == (1, "the embedded model")
+    assert found["total"]["fresh"] > 0
+
+
+def test_a_picture(log, tmp_path):
+    file = tmp_path / "cost.png"
+    assert cost(log, "--plot", file, "--machine-price", 100) == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert cost(log, "--plot", tmp_path / "without.svg") == 0
+    assert "<svg" in (tmp_path / "without.svg").read_text()
+
+
+def test_the_price_table_can_be_copied_and_is_used(log, capsys):
+    assert cost("--copy-prices") == 0
+    file = prices.user_file()
+    assert capsys.readouterr().out == f"{file}: the built-in prices, to be edited\n"
+    assert cost(log) == 0
+    assert f"prices     {file}" in capsys.readouterr().out
+    assert cost("--copy-prices") == 1
+    assert capsys.readouterr().err == (
+        f"moelocal: error: {file}: is there already; edit it, or move it away for a new copy\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "name a log to read: a file or a folder"),
+        (("{log}", "--sample", -1), "--sample -1: expected 0 to 1000"),
+        (("{log}", "--sample", 1, "--max-tokens", 0), "--max-tokens 0: expected 1 or more"),
+        (("{log}", "--plot", "cost.txt"), "--plot cost.txt: expected a name that ends in .png, .svg, .pdf"),
+        (("{log}", "--plot", "/no/cost.png"), "--plot /no/cost.png: no folder /no"),
+        (("{log}", "--sample", 1, "--page", "/"), "--page /: is a folder; expected the name of a file"),
+        (("/no.jsonl",), "/no.jsonl: no such file or folder"),
+        (("{log}", "--prices", "/no.toml"), "/no.toml: no price table can be read: No such file or directory"),
+        (("{log}", "--sample", 1, "--model", "/no"),
+         "/no: no such folder; a model is a folder or a Hugging Face name like owner/name"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_in_one_line(log, flags, message, capsys):
+    assert cost(*(str(log) if flag == "{log}" else flag for flag in flags)) == 1
+    assert capsys.readouterr().err == f"moelocal: error: {message}\n"
+
+
+def test_the_script_reports_and_adds_its_seconds_to_the_results(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bandwidth, "measured", lambda: 1e9)  # takes a second
+    monkeypatch.setattr(
+        sys, "argv", ["benchmarks/cost.py", "--lines", "50", "--rounds", "2", "--results", str(tmp_path)]
+    )
+    assert script.main() == 0
+    output = capsys.readouterr().out
+    assert output.startswith("50 lines read, counted and priced in ")
+    (file,) = tmp_path.glob("*.tsv")
+    (row,) = read(file)
+    assert (row.benchmark, row.setting, row.figure, row.unit, row.count) == (
+        "cost",
+        "lines=50 seed=1",
+        "report",
+        "s",
+        2,
+    )
+    assert 0 < row.low <= row.value <= row.high
