@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import moelocal
-from cache.timelines import active, extend, live_arrays, made, same
+from cache.timelines import active, empty, extend, live_arrays, made, same
 from moelocal.cache import AttentionCache, Cache, Disk, Found, RecurrentCache, Store, snapshot
 from moelocal.cache import store as store_module
 from moelocal.cache.keys import GRID, Chain
@@ -194,11 +194,11 @@ def test_segments_that_a_new_snapshot_shares_survive_the_eviction_it_causes():
     assert restored is not None and same(restored, cache)
 
 
-@pytest.mark.parametrize("kinds", ["r", "rr", "a", "aa", "ra"])
+@pytest.mark.parametrize("kinds", ["r", "rr", "a", "aa", "ra", "8", "r8r8", "44"])
 @pytest.mark.parametrize("position", [GRID, 600])
 def test_models_of_one_kind_of_layer(kinds: str, position: int, tmp_path: Path):
     def timeline(count: int) -> Cache:
-        cache = Cache.of([RecurrentCache() if k == "r" else AttentionCache() for k in kinds], ())
+        cache = empty(kinds)
         extend(cache, (), TOKENS[:count])
         return cache
 
@@ -321,8 +321,8 @@ def batch(tokens: list[int], rows: int) -> Cache:
         if isinstance(layer, RecurrentCache):
             layer.conv, layer.state = (mx.repeat(a, rows, axis=0) for a in layer.arrays)
         else:
-            assert layer.buffer is not None
-            layer.buffer = mx.repeat(layer.buffer, rows, axis=0)
+            assert layer.buffers
+            layer.buffers = (mx.repeat(layer.buffers[0], rows, axis=0),)
     return cache
 
 
@@ -545,7 +545,9 @@ def wrong_position(plant: pytest.MonkeyPatch) -> None:
 def wrong_length(plant: pytest.MonkeyPatch) -> None:
     joined = AttentionCache.joined.__func__  # type: ignore[attr-defined]
     plant.setattr(
-        AttentionCache, "joined", classmethod(lambda cls, parts, length: joined(cls, parts, length + 1))
+        AttentionCache,
+        "joined",
+        classmethod(lambda cls, parts, length, bits: joined(cls, parts, length + 1, bits)),
     )
 
 

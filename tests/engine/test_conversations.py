@@ -416,7 +416,7 @@ def loses_a_position(self: Snapshot, segments: Any) -> Any:
     for layer in cache.layers:
         if isinstance(layer, AttentionCache):
             layer.cut(layer.length - 1)
-            layer.append(mx.zeros_like(layer.part(0, 1)))
+            layer.append(mx.zeros_like(layer.part(0, 1)[0]))
     return cache
 
 

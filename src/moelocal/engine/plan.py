@@ -22,13 +22,14 @@ from typing import Final
 import mlx.core as mx
 
 from moelocal import machine
-from moelocal.cache.layers import capacity
+from moelocal.cache.layers import capacity, group_of, kv_nbytes
 from moelocal.config import AttentionSpec, DeltaNetSpec, DenseSpec, LayerSpec, ModelConfig, MoESpec
 from moelocal.engine.chunks import STRIDE
 from moelocal.errors import ConfigError, ContextOverflow, MemoryOverflow
 from moelocal.formats import arrays_of
 from moelocal.model import Decoder
 from moelocal.ops.attend import BLOCK, fused
+from moelocal.ops.attend_packed import FEW
 from moelocal.ops.op import on_cpu
 
 SHARE: Final = 0.9
@@ -139,9 +140,11 @@ def plan(
     max_tokens: int,
     rows: int = 1,
     *,
+    kv_bits: int | None = None,
     held: int = 0,
 ) -> Plan:
-    """The plan of `rows` answers of up to `max_tokens` to prompts of `prompt_tokens`, activations in `dtype`.
+    """The plan of `rows` answers of up to `max_tokens` to prompts of `prompt_tokens`, activations in `dtype`, keys and
+    values in `kv_bits` (None: in `dtype`).
 
     `held`: bytes that stay besides, as snapshots do. Raises `ContextOverflow` for a prompt that leaves no room in the
     model's context, `ConfigError` for a bad `MOELOCAL_MEMORY`.
@@ -151,7 +154,7 @@ def plan(
             f"the prompt has {prompt_tokens} tokens, the context {config.context}; shorten it"
         )
     limit = memory_limit()
-    shape = _Shape(config, dtype.size, rows)
+    shape = _Shape(config, dtype.size, rows, kv_bits)
     fixed = weights_nbytes + held + shape.states
 
     def fitting(prompt: int, total: int) -> bool:
@@ -189,10 +192,11 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 class _Shape:
-    """The bytes that a model of `config` works with, for `rows` timelines and activations of `size` bytes."""
+    """The bytes that a model of `config` works with, for `rows` timelines and activations of `size` bytes, keys and
+    values in `kv_bits`."""
 
-    def __init__(self, config: ModelConfig, size: int, rows: int) -> None:
-        self.config, self.size, self.rows = config, size, rows
+    def __init__(self, config: ModelConfig, size: int, rows: int, kv_bits: int | None) -> None:
+        self.config, self.size, self.rows, self.kv_bits = config, size, rows, kv_bits
         # stock operations, of which MLX's CPU device allocates up to a hundred ahead (float32 prompts take NumPy)
         self.ahead = on_cpu() and size < 4
         self.attention = [each.mixer for each in config.layers if isinstance(each.mixer, AttentionSpec)]
@@ -210,10 +214,7 @@ class _Shape:
 
     def keys(self, tokens: int) -> int:
         """Keys and values of one row, in buffers with room for `tokens` positions."""
-        return capacity(tokens) * sum(self._position(spec) for spec in self.attention)
-
-    def _position(self, spec: AttentionSpec) -> int:
-        return 2 * spec.kv_heads * spec.head_dim * self.size
+        return capacity(tokens) * sum(kv_nbytes(spec, self.size, self.kv_bits) for spec in self.attention)
 
     def peak(self, prompt: int, total: int) -> tuple[int, int]:
         """Keys and values, and work, of the larger one: the last chunk of the last prompt, when the other rows have
@@ -238,7 +239,11 @@ class _Shape:
         if isinstance(spec, DeltaNetSpec):
             return 0
         # a buffer that grows, or is still read while it is written to, is there twice
-        twice = capacity(keys) * self._position(spec)
+        twice = capacity(keys) * kv_nbytes(spec, self.size, self.kv_bits)
+        if self.kv_bits is not None and time > FEW:  # spelled out
+            twice += keys * kv_nbytes(spec, self.size, None)
+        elif self.kv_bits is not None:  # scales and biases in float32
+            twice += capacity(keys) * 2 * spec.kv_heads * spec.head_dim // group_of(spec.head_dim) * 2 * 4
         if fused(spec.head_dim):
             return twice
         # scores before and after their softmax, and the mask
@@ -281,7 +286,9 @@ def fit(decoder: Decoder, prompt_tokens: int, max_tokens: int, asked: bool = Tru
     Snapshots are not counted: they give way.
     """
     config = decoder.config
-    made = plan(config, weights_nbytes(decoder), decoder.dtype, prompt_tokens, max_tokens).check()
+    made = plan(
+        *(config, weights_nbytes(decoder), decoder.dtype, prompt_tokens, max_tokens), kv_bits=decoder.kv_bits
+    ).check()
     if asked and made.max_tokens < min(max_tokens, config.context - prompt_tokens):
         import logging  # here: every import of moelocal would pay for it
 
@@ -296,7 +303,7 @@ def fit(decoder: Decoder, prompt_tokens: int, max_tokens: int, asked: bool = Tru
 def batch_nbytes(decoder: Decoder, rows: Sequence[tuple[int, int]]) -> int:
     """Bytes at the peak of a batch: for each row the tokens of its prompt and of prompt and answer together. The
     largest prompt is taken to be read while all other rows have all their tokens."""
-    shape = _Shape(decoder.config, decoder.dtype.size, len(rows))
+    shape = _Shape(decoder.config, decoder.dtype.size, len(rows), decoder.kv_bits)
     longest = max(total for _, total in rows)
     work = [shape.work(1, longest, len(rows)), *(shape.work(min(p, STRIDE), p, 1) for p, _ in rows)]
     keys = sum(shape.keys(total) for _, total in rows)

@@ -28,7 +28,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `evaluate`."""
     parser.add_argument("model", metavar="MODEL", help="a folder or a Hugging Face name")
     parser.add_argument(
-        "--reference", required=True, metavar="ORIGINAL", help="the original weights: a folder or a name"
+        "--reference",
+        metavar="ORIGINAL",
+        help="the original weights: a folder or a name; needed but with --kv-bits, where the model itself stands in",
+    )
+    parser.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(8, 4),
+        help="keep the model's keys and values, not the reference's, in so many bits",
     )
     parser.add_argument(
         "--text",
@@ -59,13 +67,19 @@ def run(parsed: argparse.Namespace) -> None:
     layer at a time, so that 72 GB of weights fit into a 16 GB machine."""
     if parsed.plot is not None:
         _require_plot(parsed.plot)
+    reference = parsed.reference
+    if reference is None:
+        if parsed.kv_bits is None:
+            raise RequestError("--reference: expected the original weights, got none")
+        reference = parsed.model
     with _bars() as progress:
         quality = evaluate(
             parsed.model,
-            parsed.reference,
+            reference,
             parsed.text,
             tokens=parsed.tokens,
             length=parsed.sequence_length,
+            kv_bits=parsed.kv_bits,
             dtype=_DTYPES.get(parsed.dtype),
             offline=parsed.offline,
             progress=progress,
@@ -88,6 +102,8 @@ def table(quality: Quality) -> Iterator[str]:
     yield f"text       {quality.corpus}: {quality.tokens} tokens to predict in {sequences}"
     yield f"           sha256 {quality.corpus_digest}"
     yield f"computed   in {quality.dtype} on the {quality.device}"
+    if quality.kv_bits is not None:
+        yield f"cache      the model's keys and values in {quality.kv_bits} bits, the reference's as they are"
     yield ""
     yield f"{'':<24}{'value':>10}   95 % interval over sequences"
     too_low = f"nats per token; at most {quality.kl_slack:.0e} too low"
