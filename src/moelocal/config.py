@@ -1,6 +1,7 @@
 """`ModelConfig`: what a checkpoint's config.json says about the model, checked and in our words.
 
-The only place that knows the key names of Hugging Face configs. Supported `model_type`s: `qwen3_5_moe`, `qwen3_5`
+The only place that knows the key names of Hugging Face configs. One file because each value is checked against others.
+Supported `model_type`s: `qwen3_5_moe`, `qwen3_5`
 (both nested under `text_config` or flat with `_text`), `qwen3_next`, `qwen3_moe`. A key that we neither use nor know
 to be harmless is an error: a config value that is silently ignored is a different model that still talks.
 """

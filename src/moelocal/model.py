@@ -26,7 +26,7 @@ def require_kv_bits(config: ModelConfig, kv_bits: int | None) -> None:
     are)."""
     if kv_bits is None:
         return
-    if kv_bits not in (4, 8) or isinstance(kv_bits, bool):
+    if not isinstance(kv_bits, int) or kv_bits not in (4, 8):
         raise RequestError(f"kv_bits: expected 8, 4 or None, got {kv_bits!r}")
     for layer in config.layers:
         if isinstance(layer.mixer, AttentionSpec):

@@ -19,7 +19,7 @@ from moelocal.engine.chunks import boundaries
 from moelocal.engine.load import Model
 from moelocal.engine.sampling import Sampling
 from moelocal.engine.session import Session
-from moelocal.errors import RequestError
+from moelocal.errors import ContextOverflow, RequestError
 from moelocal.ops.op import force
 from moelocal.text.messages import prepare
 
@@ -87,11 +87,19 @@ def prompts(model: Model, messages: Sequence[dict[str, Any]]) -> list[list[dict[
 
 
 def verify(model: Model, messages: Sequence[dict[str, Any]] = CONVERSATION) -> Iterator[Way]:
-    """Replay a conversation in every way, and compare each with a cold run. Raises `RequestError`, `TemplateError`."""
+    """Replay a conversation in every way, and compare each with a cold run. Raises `RequestError`, `TemplateError`,
+    `ContextOverflow`."""
     turns = prompts(model, messages)
     tokens = [model.tokenizer.encode(model.template.render(prepare(turn))) for turn in turns]
+    longest = max(map(len, tokens))
+    if longest + ANSWER > model.config.context:
+        raise ContextOverflow(
+            f"conversation: its longest prompt has {longest} tokens, and {ANSWER} more are decoded; the context has "
+            f"{model.config.context}"
+        )
     budget = model.store.budget
-    decoded = DECODED[model.dtype]
+    # a sum in another order may move a number to the next code
+    decoded = max(DECODED[model.dtype], 0.0 if model.kv_bits is None else 2.0**-model.kv_bits)
 
     def fresh(disk: Disk | None = None) -> Model:
         other = Model(model.decoder, model.folder, model.name)

@@ -27,6 +27,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the computation")
     parser.add_argument(
+        "--context", type=int, metavar="TOKENS", help="the longest conversation, if need be stretched by YaRN"
+    )
+    parser.add_argument(
         "--kv-bits", type=int, choices=(8, 4), help="keep keys and values in so many bits, on both sides"
     )
     parser.add_argument(
@@ -44,13 +47,15 @@ def run(parsed: argparse.Namespace) -> None:
     model = load(
         parsed.model,
         dtype=parsed.dtype,
+        context=parsed.context,
         kv_bits=parsed.kv_bits,
         offline=parsed.offline,
         progress=sys.stderr.isatty(),
     )
-    print(f"{'':<30} {'tokens':>7} {'reused':>7} {'error':>9} {'allowed':>9}  answers")
-    ways = []
+    ways: list[Way] = []
     for way in verify(model, messages):
+        if not ways:
+            print(f"{'':<30} {'tokens':>7} {'reused':>7} {'error':>9} {'allowed':>9}  answers")
         ways.append(way)
         print(_row(way), flush=True)
     if parsed.json:

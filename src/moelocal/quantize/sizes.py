@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 import mlx.core as mx
 
 from moelocal import machine
+from moelocal.cache.layers import kv_nbytes
 from moelocal.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec
 from moelocal.errors import RequestError
 from moelocal.formats import QuantSpec
@@ -216,13 +217,17 @@ def _read_share(config: ModelConfig, kind: str | None) -> float:
     return 1 / config.vocab if kind == "embedding" and not config.tied else 1.0
 
 
+def cache_per_token(config: ModelConfig, dtype_size: int, kv_bits: int | None = None) -> int:
+    """Bytes of the keys and values of one position, as they are (None) or in `kv_bits`."""
+    mixers = [layer.mixer for layer in config.layers]
+    return sum(kv_nbytes(m, dtype_size, kv_bits) for m in mixers if isinstance(m, AttentionSpec))
+
+
 def _cache(config: ModelConfig, dtype_size: int) -> tuple[int, int]:
-    per_token = state = 0
+    per_token, state = cache_per_token(config, dtype_size), 0
     for layer in config.layers:
         mixer = layer.mixer
-        if isinstance(mixer, AttentionSpec):
-            per_token += 2 * mixer.kv_heads * mixer.head_dim * dtype_size
-        else:
+        if not isinstance(mixer, AttentionSpec):
             state += mixer.value_heads * mixer.value_dim * mixer.key_dim * 4  # float32 whatever the dtype
             state += (mixer.conv_width - 1) * mixer.conv_channels * dtype_size
     return per_token, state
