@@ -141,16 +141,21 @@ def test_snapshots_of_other_bits_or_another_stretch_are_never_used(tmp_path, mon
     monkeypatch.setenv("MOELOCAL_CACHE", str(tmp_path))
     ids = tokens(STRIDE + 2, 1000).tolist()
 
+    causes = []
+
     def cached(**settings: int) -> int:
         model = moelocal.load(snapshots="1GB", **settings)
         reuse = model.session().sync(ids)
         model.store.close()
+        causes.append(reuse.miss and (reuse.miss.position, reuse.miss.cause))
         return reuse.cached
 
     settings = [{}, {"kv_bits": 8}, {"kv_bits": 4}, {"context": 8192}, {"context": 16384}]
     assert [cached(**each) for each in settings] == [0] * 5
+    assert causes == [None] + 4 * [(0, "fingerprint")]
     assert all(cached(**each) > 0 for each in settings)
     assert cached(context=STRIDE + 100) > 0  # a limit changes no state
+    assert causes[5:] == 6 * [None]
 
 
 def test_a_session_that_was_saved_with_codes_goes_on_with_them(tmp_path):

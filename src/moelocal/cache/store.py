@@ -87,6 +87,10 @@ class Store:
             return "disk"
         return self._lost.get(key, "never stored")
 
+    def elsewhere(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` are stored on disk under another fingerprint: of no use here."""
+        return self.disk.elsewhere(tokens) if self.disk else 0
+
     def put(self, tokens: Sequence[int], cache: Cache, *, keep: bool = True) -> None:
         """Store what `cache` holds, which are `tokens`; on disk only with `keep`. Evaluates it, and copies what is not
         there yet. What is stored already is as if used, and replaced if it was evaluated in other chunks; what cannot
