@@ -49,7 +49,8 @@ from rich.table import Table
 
 import moelocal
 from moelocal.cache import Disk, Store
-from moelocal.engine.batch import Request, stream_batch
+from moelocal.engine.batch import stream_batch
+from moelocal.engine.generate import Request
 from moelocal.engine.load import Model
 from moelocal.engine.session import Session
 from moelocal.hub import resolve

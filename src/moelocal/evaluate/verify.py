@@ -14,8 +14,9 @@ import mlx.core as mx
 from moelocal import metal
 from moelocal.cache import Cache, Disk, Store
 from moelocal.cache.ragged import Rows
-from moelocal.engine.batch import MOST_ROWS, Request, generate_batch
+from moelocal.engine.batch import MOST_ROWS, generate_batch
 from moelocal.engine.chunks import boundaries
+from moelocal.engine.generate import Request
 from moelocal.engine.load import Model
 from moelocal.engine.sampling import Sampling
 from moelocal.engine.session import Session
