@@ -4,6 +4,7 @@ import io
 import json
 import os
 import stat
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,10 @@ import moelocal
 from moelocal.chat import conversation as files
 from moelocal.chat.conversation import Conversation
 from moelocal.chat.keyboard import Lines, open_history, state_folder
-from moelocal.chat.program import HELP, Chat, size
+from moelocal.chat.program import HELP, Chat, size, summary
 from moelocal.chat.screen import Screen
 from moelocal.engine.completion import Completion, Event, Timing, Usage
+from moelocal.engine.reuse import Miss
 from moelocal.errors import NumericsError, RequestError
 from moelocal.text.tool_calls import ToolCall
 
@@ -398,3 +400,11 @@ def test_history_is_private_and_does_without_a_file(tmp_path, monkeypatch):
     open_history(path).append_string("kept in memory")
     monkeypatch.setenv("XDG_STATE_HOME", "relative")
     assert state_folder().is_absolute()
+
+
+def test_the_line_of_figures_says_why_no_more_was_reused():
+    done = said("Hi")[-1].completion
+    assert done is not None
+    miss = Miss(4, "old", "new", "reasoning dropped")
+    told = summary(replace(done, usage=replace(done.usage, miss=miss)))
+    assert " · 4 of 12 prompt tokens reused (no more: reasoning dropped) · " in told

@@ -224,6 +224,8 @@ def summary(done: Completion) -> str:
     """One line of figures about an answer."""
     timing, usage = done.timing, done.usage
     reused = f" · {usage.cached} of {usage.prompt} prompt tokens reused" if usage.cached else ""
+    if usage.miss is not None:
+        reused += f" (no more: {usage.miss.cause})"
     return (
         f"[{done.usage.completion} tokens · {timing.decode_tokens_per_second:.1f} tokens/s · "
         f"first token after {timing.first_token_seconds:.2f} s{reused} · {size(timing.peak_memory_nbytes)}]"

@@ -71,10 +71,56 @@ def _product(x: mx.array, matrix: QuantizedArray, transpose: bool) -> mx.array:
     )
 
 
+BLOCKS: Final = dense.blocks_kernel(
+    "attend_packed_block",
+    "attend_packed",
+    "packed_rows<BITS, GROUP>(k, k_scales, k_biases, k_strides, k_scales_strides, k_biases_strides)",
+    "packed_rows<BITS, GROUP>(v, v_scales, v_biases, v_strides, v_scales_strides, v_biases_strides)",
+    ("k", "k_scales", "k_biases", "v", "v_scales", "v_biases"),
+)
+
+
+def metal(
+    q: mx.array,
+    k: QuantizedArray,
+    v: QuantizedArray,
+    scale: float,
+    hidden: mx.array | None,
+    gate: mx.array | None,
+    length: mx.array | None = None,
+) -> mx.array:
+    template = {"BITS": k.spec.bits, "GROUP": k.spec.group}
+    return dense.in_blocks(BLOCKS, template, q, (*k.arrays, *v.arrays), scale, gate, length)
+
+
+def supports(
+    q: mx.array,
+    k: QuantizedArray,
+    v: QuantizedArray,
+    scale: float,
+    hidden: mx.array | None,
+    gate: mx.array | None,
+    length: mx.array | None = None,
+) -> bool:
+    spec, arrays = k.spec, (*k.arrays, *v.arrays)
+    return (
+        dense.fits(q, k.weight.shape[1], hidden, gate)
+        and spec == v.spec
+        and spec.mode == "affine"
+        and spec.bits in (4, 8)
+        and q.shape[3] == k.scales.shape[3] * spec.group
+        and k.weight.shape == v.weight.shape
+        # fewer scales would come in `constant` address space
+        and all(part.dtype == q.dtype and part.size >= 8 for part in arrays if part.dtype != mx.uint32)
+    )
+
+
 attend_packed = Op(
     "attend_packed",
     reference=reference,
     portable=portable,
+    metal=metal,
+    supports=supports,
     # as of `attend`: a context grows by a key with every token
     key=lambda q, k, v, scale, hidden, gate, length=None: (
         choice.shapes(q, gate),
