@@ -29,13 +29,13 @@ struct PlainRows {
   const device T* place;
   S strides;  // of batch, head, key
 
-  void skip(size_t batch, size_t head, size_t key, uint column) {
+  METAL_FUNC void skip(size_t batch, size_t head, size_t key, uint column) {
     place += batch * strides[0] + head * strides[1] + key * strides[2] + column;
   }
 
   // COUNT neighbouring columns, the first a multiple of COUNT away from where the keys begin.
   template <uint COUNT>
-  void read(size_t key, uint column, thread float* values) const {
+  METAL_FUNC void read(size_t key, uint column, thread float* values) const {
 #pragma unroll
     for (uint c = 0; c < COUNT; ++c) {
       values[c] = float(place[key * strides[2] + column + c]);

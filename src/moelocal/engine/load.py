@@ -28,6 +28,7 @@ from moelocal.model import Decoder
 from moelocal.text.generation_config import GenerationDefaults
 from moelocal.text.template import ChatTemplate
 from moelocal.text.tokenizer import Tokenizer
+from moelocal.units import parse_size
 
 _DTYPES: Final = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -188,7 +189,6 @@ def load(
         raise RequestError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
     # imported here: every import of moelocal would pay for it
     from moelocal.quantize.once import prepared
-    from moelocal.quantize.sizes import parse_size
 
     on_disk = 0 if snapshots == "0" else parse_size(snapshots, "snapshots")
 

@@ -14,7 +14,6 @@ counts as far as memory reaches.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -25,12 +24,13 @@ from moelocal import machine
 from moelocal.cache.layers import capacity, group_of, kv_nbytes
 from moelocal.config import AttentionSpec, DeltaNetSpec, DenseSpec, LayerSpec, ModelConfig, MoESpec
 from moelocal.engine.chunks import STRIDE
-from moelocal.errors import ConfigError, ContextOverflow, MemoryOverflow
+from moelocal.errors import ContextOverflow, MemoryOverflow
 from moelocal.formats import arrays_of
 from moelocal.model import Decoder
 from moelocal.ops.attend import BLOCK, fused
 from moelocal.ops.attend_packed import FEW
 from moelocal.ops.op import on_cpu
+from moelocal.units import parse_size, size
 
 SHARE: Final = 0.9
 """Of the machine's memory, where MLX does not say how much the device should take. The rest is for other programs."""
@@ -39,16 +39,6 @@ SAMPLING: Final = 8
 """Float32 rows of the size of the vocabulary that choosing a token takes, the logits included."""
 
 VARIABLE: Final = "MOELOCAL_MEMORY"
-_UNITS: Final = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KIB": 1 << 10,
-    "MIB": 1 << 20,
-    "GIB": 1 << 30,
-}
 
 
 def memory_limit() -> int | None:
@@ -56,10 +46,10 @@ def memory_limit() -> int | None:
 
     `MOELOCAL_MEMORY` ("24GB", "512MiB", or bytes) if it is set; on Metal what the system recommends for the device
     (`max_recommended_working_set_size`); else nine tenths of the memory, on a CUDA device of its own.
-    Raises `ConfigError` if the variable is no size.
+    Raises `RequestError` if the variable is no size.
     """
     if own := os.environ.get(VARIABLE):
-        return _size(own)
+        return parse_size(own, VARIABLE)
     if not on_cpu():
         device = mx.device_info()
         if recommended := int(device.get("max_recommended_working_set_size", 0)):
@@ -67,16 +57,6 @@ def memory_limit() -> int | None:
         if total := int(device.get("total_memory", 0)):
             return int(total * SHARE)
     return int(machine.memory() * SHARE) or None
-
-
-def _size(text: str) -> int:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text.upper())
-    unit = found and _UNITS.get(found[2] if found[2][-1:] == "B" or not found[2] else found[2] + "B")
-    if not found or not unit or float(found[1]) * unit < 1:
-        raise ConfigError(
-            f'{VARIABLE}: expected a size like "24GB", "512MiB" or a number of bytes, got {text!r}'
-        )
-    return int(float(found[1]) * unit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +98,14 @@ class Plan:
         rows = f" in each of {self.rows} rows" if self.rows > 1 else ""
         parts = {"weights": self.weights, "held": self.held, "state": self.states}
         parts |= {"keys and values": self.cache, "work": self.work}
-        each = ", ".join(f"{name} {_gb(nbytes)}" for name, nbytes in parts.items() if nbytes)
+        each = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in parts.items() if nbytes)
         largest = f"the largest context that fits{rows} has {self.largest_context} tokens"
         if not self.largest_context:
             largest = "not even one token fits"
         raise MemoryOverflow(
-            f"a prompt of {self.prompt_tokens} tokens{rows} needs {_gb(self.nbytes)} ({each}), and {_gb(self.limit)} "
+            f"a prompt of {self.prompt_tokens} tokens{rows} needs {size(self.nbytes)} ({each}), and {size(self.limit)} "
             f"are there; {largest}. Shorten the prompt, take a smaller quantization, or allow more with {VARIABLE}"
         )
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**8 else f"{nbytes / 1e6:.2f} MB"
 
 
 def plan(
@@ -147,7 +123,7 @@ def plan(
     values in `kv_bits` (None: in `dtype`).
 
     `held`: bytes that stay besides, as snapshots do. Raises `ContextOverflow` for a prompt that leaves no room in the
-    model's context, `ConfigError` for a bad `MOELOCAL_MEMORY`.
+    model's context, `RequestError` for a bad `MOELOCAL_MEMORY`.
     """
     if prompt_tokens >= config.context:
         raise ContextOverflow(

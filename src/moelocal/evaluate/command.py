@@ -14,10 +14,10 @@ from typing import Final
 
 import mlx.core as mx
 
-from moelocal import hub
 from moelocal.errors import RequestError
 from moelocal.evaluate.quality import EDGES, LENGTH, TOKENS, Progress, Quality, Weights, evaluate
 from moelocal.evaluate.statistics import Estimate
+from moelocal.units import size
 
 _DTYPES: Final = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _PICTURES: Final = (".png", ".svg", ".pdf")
@@ -161,8 +161,8 @@ def _histogram(counts: tuple[int, ...]) -> Iterator[str]:
 def _size(weights: Weights) -> str:
     formats = ", ".join(f"{count} {name}" for name, count in weights.formats)
     return (
-        f"{hub.size(weights.nbytes)}, {weights.bits_per_weight:.2f} bits per weight, "
-        f"{hub.size(weights.read_per_token)} read per token ({formats})"
+        f"{size(weights.nbytes)}, {weights.bits_per_weight:.2f} bits per weight, "
+        f"{size(weights.read_per_token)} read per token ({formats})"
     )
 
 

@@ -24,6 +24,7 @@ from moelocal.quantize.corpus import Corpus
 from moelocal.quantize.sizes import stored_sizes
 from moelocal.survey import survey
 from moelocal.text.tokenizer import Tokenizer
+from moelocal.units import size
 
 TOKENS: Final = 65_536
 LENGTH: Final = 1024
@@ -144,7 +145,7 @@ def evaluate(
     kept = obtain(opened[1], corpus, dtype, lambda *at: progress("reference", *at), note)
     note(
         f"reference {'taken from' if kept.reused else 'kept in'} {kept.stamp.folder} "
-        f"({hub.size(kept.nbytes)})"
+        f"({size(kept.nbytes)})"
     )
     scores, overlaps = _compare(opened[0], kept, corpus, dtype, lambda *at: progress("model", *at), kv_bits)
 

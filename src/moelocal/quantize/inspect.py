@@ -16,20 +16,18 @@ from moelocal.errors import ConfigError, RequestError
 from moelocal.quantize.fit import fit
 from moelocal.quantize.recipe import BUILT_IN, Recipe, misfits
 from moelocal.quantize.sizes import (
-    GIB,
     WORKING,
     Memory,
     Part,
     Sizes,
     cache_per_token,
     context_that_fits,
-    parse_memory,
-    parse_size,
     shapes_of,
     sizes,
     stored_sizes,
 )
 from moelocal.survey import Survey, survey
+from moelocal.units import GIB, parse_memory, parse_size, size
 
 _NAMES = {
     "embedding": "embedding",
@@ -306,14 +304,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) ->
         ).rstrip()
         for row in [head, *rows]
     ]
-
-
-def size(nbytes: int) -> str:
-    """Bytes for people: "20.93 GB", "413.2 MB", "20.5 kB", "64 bytes"."""
-    for unit, name, digits in ((1e9, "GB", 2), (1e6, "MB", 1), (1e3, "kB", 1)):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.{digits}f} {name}"
-    return f"{nbytes} bytes"
 
 
 def _count(number: int) -> str:

@@ -7,7 +7,6 @@ prefill chunk and MLX's own buffers stay within what macOS lets the GPU use (`gp
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,33 +21,12 @@ from moelocal.errors import RequestError
 from moelocal.formats import QuantSpec
 from moelocal.quantize.recipe import class_of
 from moelocal.survey import Survey
+from moelocal.units import GIB
 
 WORKING: Final = 1_000_000_000
 """Bytes beside weights, states and cache. An assumption: not measured on a Mac."""
 
-GIB: Final = 1 << 30
 _SHARES: Final = ((24 * GIB, 0.74), (48 * GIB, 0.78), (64 * GIB, 0.81))
-_UNITS: Final = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-                 "KiB": 1 << 10, "MiB": 1 << 20, "GiB": GIB, "TiB": 1 << 40}  # fmt: skip
-
-
-def parse_size(text: str, where: str = "size") -> int:
-    """Bytes of "20.9GB" (1e9), "19.5 GiB" (2^30), "800MB" or "123456" (bytes). Raises `RequestError` that names
-    `where`."""
-    return _parsed(text, where, _UNITS, "20.9GB (1e9 bytes) or 19.5GiB (2^30)")
-
-
-def parse_memory(text: str, where: str = "memory") -> int:
-    """As `parse_size`, but GB means GiB: a Mac "with 24 GB" has 24 x 2^30 bytes. Raises `RequestError`."""
-    return _parsed(text, where, {**_UNITS, "GB": GIB}, "24GB, as a Mac's memory is named")
-
-
-def _parsed(text: str, where: str, units: Mapping[str, int], example: str) -> int:
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
-    factor = units.get(match[2] or "B") if match else None
-    if match is None or factor is None or (number := round(float(match[1]) * factor)) < 1:
-        raise RequestError(f"{where}: expected a size like {example}, got {text!r}")
-    return number
 
 
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
