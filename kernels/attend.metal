@@ -1,7 +1,7 @@
 // Attention of few queries over a long cache, keys and values read once for all query heads that share them.
 //
-// Shapes    q [B, heads, times, D] in T; k, v [B, kv, keys, D], the last axis dense, of which the first `keys` exist, in T
-//           (`PlainRows`) or as another reader of rows has them (attend_packed.metal); query head h reads head
+// Shapes    q [B, heads, times, D] in T; k, v [B, kv, keys, D], the last axis dense, of which the first `keys` exist,
+//           in T here (`PlainRows`), in codes with the reader of attend_packed.metal; query head h reads head
 //           h / (heads / kv), the last query stands at the last key and sees all of them.
 //           Pass 1 -> partial float32 [B, heads, times, blocks, D], the sum of exp(score - maximum) * value over a
 //           block of keys, and stats float32 [B, heads, times, blocks, 2], its maximum and its sum of exponentials.
@@ -24,16 +24,16 @@
 constant constexpr float LOWEST = -3.4028235e38f;
 
 // Keys or values [B, kv, keys, D] in T.
-template <typename T, typename S>
+template <typename T>
 struct PlainRows {
   const device T* place;
-  S strides;  // of batch, head, key
+  const constant int64_t* strides;  // of batch, head, key
 
   METAL_FUNC void skip(size_t batch, size_t head, size_t key, uint column) {
     place += batch * strides[0] + head * strides[1] + key * strides[2] + column;
   }
 
-  // COUNT neighbouring columns, the first a multiple of COUNT away from where the keys begin.
+  // COUNT neighbouring columns. The first, with those skipped before, is a multiple of COUNT.
   template <uint COUNT>
   METAL_FUNC void read(size_t key, uint column, thread float* values) const {
 #pragma unroll
@@ -43,8 +43,8 @@ struct PlainRows {
   }
 };
 
-template <typename T, typename S>
-METAL_FUNC PlainRows<T, S> plain_rows(const device T* place, S strides) {
+template <typename T>
+METAL_FUNC PlainRows<T> plain_rows(const device T* place, const constant int64_t* strides) {
   return {place, strides};
 }
 
