@@ -13,7 +13,7 @@ import moelocal
 from moelocal.chat import conversation as files
 from moelocal.chat.conversation import Conversation
 from moelocal.chat.keyboard import Lines, open_history, state_folder
-from moelocal.chat.program import HELP, Chat, size, summary
+from moelocal.chat.program import HELP, Chat, summary
 from moelocal.chat.screen import Screen
 from moelocal.engine.completion import Completion, Event, Timing, Usage
 from moelocal.engine.reuse import Miss
@@ -62,7 +62,7 @@ def said(text="", reasoning="", finish="stop", calls=()):
     return [*events, Event(completion=done)]
 
 
-STATS = "tokens · 40.0 tokens/s · first token after 0.25 s · 4 of 12 prompt tokens reused · 1.5 GB]"
+STATS = "tokens · 40.0 tokens/s · first token after 0.25 s · 4 of 12 prompt tokens reused · 1.50 GB]"
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ def test_stats(chat_with):
         "messages  4",
         "answers   2, 3 tokens",
         "prompts   24 tokens, 8 of them not read again",
-        "memory    1.5 GB at most",
+        "memory    1.50 GB at most",
     ]
 
 
@@ -367,14 +367,6 @@ def test_svg(chat_with, tmp_path):
     expected = '<svg xmlns="http://www.w3.org/2000/svg"\n width="8"><svg><circle/></svg></svg >\n'
     assert (tmp_path / "a.svg").read_text() == expected
     assert Conversation(messages=[assistant(first)]).last_svg() == first + "\n"
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "text"),
-    [(0, "0.0 kB"), (7_400, "7.4 kB"), (84_000_000, "84.0 MB"), (21_430_000_000, "21.4 GB")],
-)
-def test_size(nbytes, text):
-    assert size(nbytes) == text
 
 
 def test_lines_that_are_not_utf8():

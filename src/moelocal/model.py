@@ -10,7 +10,7 @@ import mlx.core as mx
 from moelocal.cache import Cache, RecurrentCache
 from moelocal.cache.layers import group_of
 from moelocal.cache.ragged import Rows
-from moelocal.checkpoint.scope import Checkpoint
+from moelocal.checkpoint.scope import AnyCheckpoint, Checkpoint
 from moelocal.config import AttentionSpec, ModelConfig
 from moelocal.errors import RequestError
 from moelocal.formats import QuantizedArray, arrays_of
@@ -39,7 +39,7 @@ class Decoder:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: AnyCheckpoint,
         dtype: mx.Dtype,
         evaluate: bool = True,
         report: Callable[[int, int], None] = lambda done, total: None,

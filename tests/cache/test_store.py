@@ -441,7 +441,7 @@ def test_distinct_requests_leave_memory_flat_at_the_budget():
         assert active() - base == store.nbytes <= store.budget
         sizes.append(store.nbytes)
     assert len(set(sizes[-50:])) == 1
-    assert not any(store._segments[link].users != 1 for link in store._segments)
+    assert store._users == dict.fromkeys(store._segments, 1)
 
 
 # Faults planted in each part, and the check that has to see them

@@ -143,10 +143,7 @@ def evaluate(
     dtype = dtype or mx.float32
 
     kept = obtain(opened[1], corpus, dtype, lambda *at: progress("reference", *at), note)
-    note(
-        f"reference {'taken from' if kept.reused else 'kept in'} {kept.stamp.folder} "
-        f"({size(kept.nbytes)})"
-    )
+    note(f"reference {'taken from' if kept.reused else 'kept in'} {kept.stamp.folder} ({size(kept.nbytes)})")
     scores, overlaps = _compare(opened[0], kept, corpus, dtype, lambda *at: progress("model", *at), kv_bits)
 
     draws = Bootstrap(len(corpus.sequences))

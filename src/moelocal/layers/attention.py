@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from moelocal.cache import AttentionCache
-from moelocal.checkpoint.scope import Scope
+from moelocal.checkpoint.scope import AnyScope
 from moelocal.config import AttentionSpec
 from moelocal.formats import QuantizedArray, arrays_of, infer_spec
 from moelocal.layers.projection import Projection
@@ -22,7 +22,9 @@ class Attention:
     """x [B, T, H] -> [B, T, H]. With a gate, q_proj's rows are per head [q D | gate D], and the output of the heads is
     multiplied by σ(gate) before o_proj (transformers, modeling_qwen3_next.py)."""
 
-    def __init__(self, scope: Scope, spec: AttentionSpec, hidden: int, eps: float, dtype: mx.Dtype) -> None:
+    def __init__(
+        self, scope: AnyScope, spec: AttentionSpec, hidden: int, eps: float, dtype: mx.Dtype
+    ) -> None:
         self.spec, self.scale = spec, spec.head_dim**-0.5
         q_rows = spec.heads * spec.head_dim * (2 if spec.gated else 1)
         kv_rows = spec.kv_heads * spec.head_dim

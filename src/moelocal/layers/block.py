@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from moelocal.cache import AttentionCache, LayerCache, RecurrentCache
-from moelocal.checkpoint.scope import Scope
+from moelocal.checkpoint.scope import AnyScope
 from moelocal.config import AttentionSpec, LayerSpec, MoESpec
 from moelocal.layers.attention import Attention
 from moelocal.layers.delta_net import DeltaNet
@@ -20,7 +20,7 @@ from moelocal.ops.norm import rms_norm
 class Block:
     """x [B, T, H] -> [B, T, H], or its last `rows` positions."""
 
-    def __init__(self, scope: Scope, spec: LayerSpec, hidden: int, eps: float, dtype: mx.Dtype) -> None:
+    def __init__(self, scope: AnyScope, spec: LayerSpec, hidden: int, eps: float, dtype: mx.Dtype) -> None:
         self.eps = eps
         self.before_mixer = scope.array("input_layernorm.weight", (hidden,))
         self.before_mlp = scope.array("post_attention_layernorm.weight", (hidden,))

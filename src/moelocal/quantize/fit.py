@@ -146,8 +146,7 @@ def fit(
     original = sizes(config, shapes, {}, dtype_size).nbytes
     if target >= original:
         raise RequestError(
-            f"target size {size(target)}: the unquantized model has only {size(original)}; "
-            "use it as it is"
+            f"target size {size(target)}: the unquantized model has only {size(original)}; use it as it is"
         )
     grow = target >= sizes(config, shapes, plan, dtype_size).nbytes
     errors = errors or expected_errors(shapes)
