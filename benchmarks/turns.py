@@ -49,7 +49,8 @@ from rich.table import Table
 
 import moelocal
 from moelocal.cache import Disk, Store
-from moelocal.engine.batch import Request, stream_batch
+from moelocal.engine.batch import stream_batch
+from moelocal.engine.generate import Request
 from moelocal.engine.load import Model
 from moelocal.engine.session import Session
 from moelocal.hub import resolve
@@ -252,7 +253,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3, help="conversations per context; default: 3")
     parser.add_argument(
-        "--peer-context", type=int, default=4096, metavar="N", help="longest context for mlx-lm; 0: none"
+        "--peer-context", type=int, default=CONTEXTS[-1], metavar="N", help="longest context for mlx-lm; 0: none"
     )
     parser.add_argument("--restore", type=Path, help=argparse.SUPPRESS)
     parsed = parser.parse_args()

@@ -1,7 +1,8 @@
 // Attention of few queries over a long cache, keys and values read once for all query heads that share them.
 //
-// Shapes    q [B, heads, times, D]; k, v [B, kv, keys, D], in T, the last axis dense, of which the first `keys` exist;
-//           query head h reads head h / (heads / kv), the last query stands at the last key and sees all of them.
+// Shapes    q [B, heads, times, D] in T; k, v [B, kv, keys, D], the last axis dense, of which the first `keys` exist,
+//           in T here (`PlainRows`), in codes with the reader of attend_packed.metal; query head h reads head
+//           h / (heads / kv), the last query stands at the last key and sees all of them.
 //           Pass 1 -> partial float32 [B, heads, times, blocks, D], the sum of exp(score - maximum) * value over a
 //           block of keys, and stats float32 [B, heads, times, blocks, 2], its maximum and its sum of exponentials.
 //           Pass 2 -> out [B, times, heads * D] in T, times the sigmoid of gate [B, times, heads, D] where GATED.
@@ -21,6 +22,31 @@
 // Geometry  keys need not divide by anything; the number of blocks is the width of the grid.
 
 constant constexpr float LOWEST = -3.4028235e38f;
+
+// Keys or values [B, kv, keys, D] in T.
+template <typename T>
+struct PlainRows {
+  const device T* place;
+  const constant int64_t* strides;  // of batch, head, key
+
+  METAL_FUNC void skip(size_t batch, size_t head, size_t key, uint column) {
+    place += batch * strides[0] + head * strides[1] + key * strides[2] + column;
+  }
+
+  // COUNT neighbouring columns. The first, with those skipped before, is a multiple of COUNT.
+  template <uint COUNT>
+  METAL_FUNC void read(size_t key, uint column, thread float* values) const {
+#pragma unroll
+    for (uint c = 0; c < COUNT; ++c) {
+      values[c] = float(place[key * strides[2] + column + c]);
+    }
+  }
+};
+
+template <typename T>
+METAL_FUNC PlainRows<T> plain_rows(const device T* place, const constant int64_t* strides) {
+  return {place, strides};
+}
 
 // Lanes whose numbers differ in `step` add up their values: one keeps the first WIDTH sums, the other the second.
 template <uint WIDTH>
@@ -55,19 +81,17 @@ METAL_FUNC float sums_across(thread float* values, uint lane) {
 }
 
 // queries: ROWS * D of T, weights: TILE * ROWS, factors: ROWS floats
-template <typename T, uint D, uint ROWS, uint TILE, uint SIMDGROUPS, typename S>
+template <typename T, uint D, uint ROWS, uint TILE, uint SIMDGROUPS, typename K, typename V, typename S>
 METAL_FUNC void attend_block(
     const device T* q,
-    const device T* k,
-    const device T* v,
+    K k,
+    V v,
     device float* partial,
     device float* stats,
     threadgroup T* queries,
     threadgroup float* weights,
     threadgroup float* factors,
     S q_strides,
-    S k_strides,
-    S v_strides,
     uint heads,
     uint times,
     uint kv_heads,
@@ -92,8 +116,8 @@ METAL_FUNC void attend_block(
   const uint ratio = heads / kv_heads;
   const uint first = share / kv_heads * ROWS;  // of the ratio * times rows of this key-value head
   const uint rows = min(ROWS, ratio * times - first);
-  k += size_t(batch) * k_strides[0] + size_t(kv_head) * k_strides[1];
-  v += size_t(batch) * v_strides[0] + size_t(kv_head) * v_strides[1];
+  k.skip(batch, kv_head, 0, 0);
+  v.skip(batch, kv_head, 0, 0);
   q += size_t(batch) * q_strides[0] + size_t(kv_head * ratio) * q_strides[1];
 
   for (uint i = thread_index; i < ROWS * D; i += THREADS) {
@@ -123,16 +147,14 @@ METAL_FUNC void attend_block(
 
     for (uint next = simdgroup * KEYS; next < count; next += SIMDGROUPS * KEYS) {
       float scores[KEYS * ROWS] = {0.0f};
-      const device T* from = k + size_t(start + next) * k_strides[2] + lane * OWN;
+      K from = k;
+      from.skip(0, 0, start + next, lane * OWN);
       for (uint chunk = 0; chunk < OWN; chunk += CHUNK) {
         float held[KEYS * CHUNK];
 #pragma unroll
         for (uint j = 0; j < KEYS; ++j) {
           if (next + j < count) {
-#pragma unroll
-            for (uint c = 0; c < CHUNK; ++c) {
-              held[j * CHUNK + c] = float(from[size_t(j) * k_strides[2] + chunk + c]);
-            }
+            from.template read<CHUNK>(j, chunk, held + j * CHUNK);
           } else {
 #pragma unroll
             for (uint c = 0; c < CHUNK; ++c) {
@@ -193,17 +215,19 @@ METAL_FUNC void attend_block(
         sums[row * COLUMNS + c] *= factors[row];
       }
     }
-    const device T* from = v + size_t(start) * v_strides[2] + thread_index * COLUMNS;
+    V from = v;
+    from.skip(0, 0, start, thread_index * COLUMNS);
     for (uint key = 0; key < count; ++key) {
+      float values[COLUMNS];
+      from.template read<COLUMNS>(0, 0, values);
 #pragma unroll
       for (uint c = 0; c < COLUMNS; ++c) {
-        const float value = float(from[c]);
 #pragma unroll
         for (uint row = 0; row < ROWS; ++row) {
-          sums[row * COLUMNS + c] += weights[key * ROWS + row] * value;
+          sums[row * COLUMNS + c] += weights[key * ROWS + row] * values[c];
         }
       }
-      from += v_strides[2];
+      from.skip(0, 0, 1, 0);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }

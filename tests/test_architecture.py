@@ -18,6 +18,7 @@ PACKAGE = Path(moelocal.__file__).parent
 ORDER = (
     *(
         "errors",
+        "units",
         "machine",
         "config",
         "formats",
@@ -82,7 +83,7 @@ def test_the_check_sees_a_forbidden_import(tmp_path):
     assert used_parts(source) == {"cli", "model"}
 
 
-@pytest.mark.parametrize("part", ["errors", "machine", "config", "text"])
+@pytest.mark.parametrize("part", ["errors", "units", "machine", "config", "text"])
 def test_configuration_and_text_work_without_mlx(part):
     for file in parts()[part]:
         found = {name for name in imported(file) if name.split(".")[0] == "mlx"}

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import stat
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,10 @@ import moelocal
 from moelocal.chat import conversation as files
 from moelocal.chat.conversation import Conversation
 from moelocal.chat.keyboard import Lines, open_history, state_folder
-from moelocal.chat.program import HELP, Chat, size
+from moelocal.chat.program import HELP, Chat, summary
 from moelocal.chat.screen import Screen
 from moelocal.engine.completion import Completion, Event, Timing, Usage
+from moelocal.engine.reuse import Miss
 from moelocal.errors import NumericsError, RequestError
 from moelocal.text.tool_calls import ToolCall
 
@@ -60,7 +62,7 @@ def said(text="", reasoning="", finish="stop", calls=()):
     return [*events, Event(completion=done)]
 
 
-STATS = "tokens · 40.0 tokens/s · first token after 0.25 s · 4 of 12 prompt tokens reused · 1.5 GB]"
+STATS = "tokens · 40.0 tokens/s · first token after 0.25 s · 4 of 12 prompt tokens reused · 1.50 GB]"
 
 
 @pytest.fixture
@@ -247,7 +249,7 @@ def test_stats(chat_with):
         "messages  4",
         "answers   2, 3 tokens",
         "prompts   24 tokens, 8 of them not read again",
-        "memory    1.5 GB at most",
+        "memory    1.50 GB at most",
     ]
 
 
@@ -367,14 +369,6 @@ def test_svg(chat_with, tmp_path):
     assert Conversation(messages=[assistant(first)]).last_svg() == first + "\n"
 
 
-@pytest.mark.parametrize(
-    ("nbytes", "text"),
-    [(0, "0.0 kB"), (7_400, "7.4 kB"), (84_000_000, "84.0 MB"), (21_430_000_000, "21.4 GB")],
-)
-def test_size(nbytes, text):
-    assert size(nbytes) == text
-
-
 def test_lines_that_are_not_utf8():
     lines = Lines(io.BytesIO("ä\n".encode() + b"ab\xff\n"))
     assert lines.read() == "ä"
@@ -398,3 +392,11 @@ def test_history_is_private_and_does_without_a_file(tmp_path, monkeypatch):
     open_history(path).append_string("kept in memory")
     monkeypatch.setenv("XDG_STATE_HOME", "relative")
     assert state_folder().is_absolute()
+
+
+def test_the_line_of_figures_says_why_no_more_was_reused():
+    done = said("Hi")[-1].completion
+    assert done is not None
+    miss = Miss(4, "old", "new", "reasoning dropped")
+    told = summary(replace(done, usage=replace(done.usage, miss=miss)))
+    assert " · 4 of 12 prompt tokens reused (no more: reasoning dropped) · " in told

@@ -157,7 +157,7 @@ def test_generate(engine, capsys):
     assert main(["generate", "Hi", "--model", "m", "--offline", "--revision", "r", "--dtype", "float16"]) == 0
     assert capsys.readouterr() == ("Hällo\n", "")
     asked = {"revision": "r", "quantization": "auto", "dtype": "float16", "snapshots": "0", "offline": True}
-    asked["progress"] = False
+    asked |= {"context": None, "kv_bits": None, "progress": False}
     assert engine.load == ("m", asked)
     assert engine.prompt == "Hi"
     assert engine.options == {

@@ -235,18 +235,24 @@ def listen(monkeypatch) -> set[tuple[str, str]]:
     return asked
 
 
-@pytest.mark.parametrize("family", ["embedded", "qwen3_5_moe", "qwen3_5", "qwen3_next", "qwen3_moe"])
-def test_cases_are_what_a_decode_step_asks_for(family, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "kv_bits"),
+    [
+        *((family, None) for family in ("embedded", "qwen3_5_moe", "qwen3_5", "qwen3_next", "qwen3_moe")),
+        *(("embedded", bits) for bits in (8, 4)),
+    ],
+)
+def test_cases_are_what_a_decode_step_asks_for(family, kv_bits, tmp_path, monkeypatch):
     """Otherwise the record would hold entries that nothing looks up."""
     folder = EMBEDDED if family == "embedded" else write(tmp_path / "model", Recipe(family, **SMALL))
     measured = list(cases(of_checkpoint(folder, mx.float32), length=2))
-    model = moelocal.load(folder, dtype="float32")
+    model = moelocal.load(folder, dtype="float32", kv_bits=kv_bits)
     cache = model.new_cache()
     mx.eval(model(mx.array([[5] * 300]), cache))
     asked = listen(monkeypatch)
     mx.eval(model(mx.array([[5]]), cache))
     of_interest = {pair for pair in asked if pair[0] in {c.op.name for c in measured}}
-    expected = {"prologue", "attend"}
+    expected = {"prologue", "attend" if kv_bits is None else "attend_packed"}
     expected |= set() if family == "qwen3_moe" else {"delta_net"}
     expected |= set() if family == "qwen3_5" else {"router", "route", "experts"}
     assert {name for name, _ in of_interest} >= expected
@@ -368,7 +374,7 @@ def test_every_kernel_agrees_at_the_sizes_of_the_flagship(monkeypatch, runs_kern
         found = agreement(each)
         assert found.right, (each.op.name, each.name, found)
         count += 1
-    assert count == 12
+    assert count == 14
 
 
 @pytest.mark.slow

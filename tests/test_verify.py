@@ -13,6 +13,7 @@ from moelocal.cache.snapshot import Snapshot
 from moelocal.cli import main
 from moelocal.errors import RequestError
 from moelocal.evaluate.verify import CONVERSATION, DECODED, prompts, verify
+from moelocal.model import Decoder
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,8 @@ def test_every_way_gives_what_a_cold_run_gives(model):
     ways = list(verify(model))
     assert [way.name for way in ways if not way.right] == []
     reused = {way.name: way.reused for way in ways}
+    # a row of a batch is computed as if it were alone, on this device
+    assert next(way for way in ways if way.name == "batched with others").error == 0
     whole = ways[0].tokens
     warm = (
         "warm: one call after the other",
@@ -101,6 +104,23 @@ def test_a_wrong_position_does_not_even_get_so_far(model, monkeypatch):
     position_off(monkeypatch)
     with pytest.raises(RequestError, match=r"snapshot: expected the \d+ tokens of the timeline"):
         wrong(model)
+
+
+def test_rows_of_a_batch_that_disturb_each_other_are_found(model, monkeypatch):
+    step = Decoder.step_rows
+
+    def disturbed(self, tokens, rows):
+        logits = step(self, tokens, rows)
+        return logits + 1e-3 * (logits.shape[0] > 1) * logits[:, :, ::-1]
+
+    monkeypatch.setattr(Decoder, "step_rows", disturbed)
+    assert wrong(model) == {"batched with others"}
+
+
+@pytest.mark.parametrize("kv_bits", [8, 4])
+def test_keys_and_values_in_codes_are_reused_as_they_are(kv_bits):
+    ways = list(verify(moelocal.load(kv_bits=kv_bits)))
+    assert [way.name for way in ways if not way.right] == []
 
 
 def test_a_form_of_an_operation_that_computes_something_else_is_found(model, monkeypatch):

@@ -199,7 +199,7 @@ def minimum(raw: Mapping[str, Any], context: int) -> dict[str, int]:
     row), states read and written, the keys and values of `context` tokens read and those of one token written."""
     config = ModelConfig.parse(raw)
     blank = Blank(config)
-    Decoder(blank, mx.bfloat16, evaluate=False)  # type: ignore[arg-type]
+    Decoder(blank, mx.bfloat16, evaluate=False)
     least = dict.fromkeys(BLOCKS, 0)
     for name, arrays in blank.asked.items():
         parts = name.removesuffix(".weight").split(".")

@@ -55,9 +55,6 @@ class Blank:
     def require_all_used(self) -> None:
         pass
 
-    def has(self, name: str) -> bool:
-        return True
-
     def array(self, name: str, shape: tuple[int, ...], dtype: mx.Dtype | None = mx.float32) -> mx.array:
         wide = name in FLOAT32 and self.prefix.endswith("linear_attn.")
         stored = mx.zeros(shape, mx.float32 if wide else mx.bfloat16)
@@ -85,7 +82,7 @@ class Ours:
 
     def __init__(self, raw: Mapping[str, Any], dtype: mx.Dtype = mx.bfloat16) -> None:
         config = ModelConfig.parse(raw)
-        self.decoder = Decoder(Blank(config), dtype, evaluate=False)  # type: ignore[arg-type]
+        self.decoder = Decoder(Blank(config), dtype, evaluate=False)
         for block in self.decoder.blocks:
             forget(block.arrays)
         forget([self.decoder.norm, *arrays_of(self.decoder.embedding), *arrays_of(self.decoder.head)])

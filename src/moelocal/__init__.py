@@ -7,7 +7,7 @@ print(moelocal.generate(model, "Hello!").text)
 
 from moelocal import machine as _machine  # noqa: F401  first: it sets what MLX reads when it starts
 from moelocal.engine.completion import Completion, Event, Timing, TokenLogprob, Usage
-from moelocal.engine.generate import generate, stream
+from moelocal.engine.generate import Request, generate, stream
 from moelocal.engine.load import Model, load
 from moelocal.engine.reuse import Miss
 from moelocal.engine.sampling import Sampling
@@ -22,6 +22,7 @@ __all__ = [
     "Miss",
     "Model",
     "MoelocalError",
+    "Request",
     "Sampling",
     "Session",
     "Timing",

@@ -1,6 +1,7 @@
 """`ModelConfig`: what a checkpoint's config.json says about the model, checked and in our words.
 
-The only place that knows the key names of Hugging Face configs. Supported `model_type`s: `qwen3_5_moe`, `qwen3_5`
+The only place that knows the key names of Hugging Face configs. One file because each value is checked against others.
+Supported `model_type`s: `qwen3_5_moe`, `qwen3_5`
 (both nested under `text_config` or flat with `_text`), `qwen3_next`, `qwen3_moe`. A key that we neither use nor know
 to be harmless is an error: a config value that is silently ignored is a different model that still talks.
 """
@@ -10,11 +11,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from moelocal.errors import ConfigError, UnsupportedModel
+from moelocal.errors import ConfigError, RequestError, UnsupportedModel
 
 FAMILIES: Final = ("qwen3_5_moe", "qwen3_5", "qwen3_next", "qwen3_moe")
 
@@ -175,6 +176,43 @@ class ModelConfig:
             eos=text.token_ids("eos_token_id") | _Fields(raw, "config.json").token_ids("eos_token_id"),
             quantization=quantization,
         )
+
+    def with_context(self, context: int) -> ModelConfig:
+        """The same model for `context` tokens: fewer than it has, as a limit; more by YaRN, whose factor then is
+        `context` over the positions that it was trained with.
+
+        Raises `RequestError` for a number below 1 or beyond `MOST_STRETCHED` times those positions.
+        """
+        yarns = [each.mixer.yarn for each in self.layers if isinstance(each.mixer, AttentionSpec)]
+        trained = yarns[0].original_context if yarns and yarns[0] else self.context
+        most = max(self.context, MOST_STRETCHED * trained) if yarns else self.context
+        if not isinstance(context, int) or isinstance(context, bool) or not 1 <= context <= most:
+            raise RequestError(
+                f"context: expected 1 to {most} tokens (trained with {trained}; YaRN stretches that at most "
+                f"{MOST_STRETCHED} times), got {context!r}"
+            )
+        if context <= self.context:
+            return replace(self, context=context)
+        factor = context / trained
+        yarn = replace(
+            yarns[0] or Yarn(factor, trained), factor=factor, attention_factor=_attention_factor(factor)
+        )
+        layers = tuple(
+            replace(each, mixer=replace(each.mixer, yarn=yarn))
+            if isinstance(each.mixer, AttentionSpec)
+            else each
+            for each in self.layers
+        )
+        return replace(self, context=context, layers=layers)
+
+
+MOST_STRETCHED: Final = 4
+"""How many times the trained context YaRN may give: what Qwen's model cards name and were measured with."""
+
+
+def _attention_factor(factor: float) -> float:
+    """arXiv 2309.00071, section 3.3."""
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -337,7 +375,7 @@ def _yarn(rope: _Fields, text: _Fields) -> Yarn | None:
         ),
         beta_fast=rope.number("beta_fast", 32.0),
         beta_slow=rope.number("beta_slow", 1.0),
-        attention_factor=rope.number("attention_factor", 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0),
+        attention_factor=rope.number("attention_factor", _attention_factor(factor)),
     )
 
 

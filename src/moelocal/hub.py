@@ -33,6 +33,7 @@ from urllib.parse import quote, urlsplit
 
 from moelocal.config import read_json
 from moelocal.errors import ConfigError, ModelNotFound
+from moelocal.units import size
 
 if TYPE_CHECKING:
     from hashlib import _Hash as Digest
@@ -348,13 +349,6 @@ def storage(repository: Repository) -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{repository.name.replace('/', '--')}"
-
-
-def size(nbytes: int) -> str:
-    """A number of bytes in decimal units, as disks are sold: "71.90 GB", "512.0 MB", "17 bytes"."""
-    if nbytes >= 10**9:
-        return f"{nbytes / 1e9:.2f} GB"
-    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 10**6 else f"{nbytes} bytes"
 
 
 class Stopped(Exception):

@@ -8,9 +8,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from moelocal.cache import Cache, RecurrentCache
+from moelocal.cache.layers import group_of
 from moelocal.cache.ragged import Rows
-from moelocal.checkpoint.scope import Checkpoint
-from moelocal.config import ModelConfig
+from moelocal.checkpoint.scope import AnyCheckpoint, Checkpoint
+from moelocal.config import AttentionSpec, ModelConfig
 from moelocal.errors import RequestError
 from moelocal.formats import QuantizedArray, arrays_of
 from moelocal.layers.block import Block
@@ -20,20 +21,35 @@ from moelocal.ops.norm import rms_norm
 from moelocal.ops.op import forced, on_cpu, setting
 
 
+def require_kv_bits(config: ModelConfig, kv_bits: int | None) -> None:
+    """Raises `RequestError` unless keys and values of this model can be kept as codes of so many bits (None: as they
+    are)."""
+    if kv_bits is None:
+        return
+    if not isinstance(kv_bits, int) or kv_bits not in (4, 8):
+        raise RequestError(f"kv_bits: expected 8, 4 or None, got {kv_bits!r}")
+    for layer in config.layers:
+        if isinstance(layer.mixer, AttentionSpec):
+            group_of(layer.mixer.head_dim)
+
+
 class Decoder:
-    """Embedding, blocks, final norm, head. Weights in the formats of the checkpoint, activations in `dtype`."""
+    """Embedding, blocks, final norm, head. Weights in the formats of the checkpoint, activations in `dtype`, keys and
+    values in codes of `kv_bits` (None: in the dtype of activations)."""
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: AnyCheckpoint,
         dtype: mx.Dtype,
         evaluate: bool = True,
         report: Callable[[int, int], None] = lambda done, total: None,
+        kv_bits: int | None = None,
     ) -> None:
         """Without `evaluate` the weights stay lazy: enough to know that a checkpoint fits. `report` is told after each
         layer how many of how many are there."""
         config = checkpoint.config
-        self.config, self.dtype = config, dtype
+        require_kv_bits(config, kv_bits)
+        self.config, self.dtype, self.kv_bits = config, dtype, kv_bits
         root = checkpoint.root()
         self.embedding = root.matrix("embed_tokens", config.vocab, config.hidden, dtype)
         self.blocks: list[Block] = []
@@ -57,18 +73,26 @@ class Decoder:
         folder: Path,
         dtype: mx.Dtype | None = None,
         report: Callable[[int, int], None] = lambda done, total: None,
+        *,
+        context: int | None = None,
+        kv_bits: int | None = None,
     ) -> Decoder:
         """Load the text model of a checkpoint folder.
 
         `dtype` None: float32 on the CPU device, whose kernels for the 16-bit types are slow, else the checkpoint's own.
-        Raises `ConfigError`, `UnsupportedModel`, `CheckpointError`.
+        `context`: as in `ModelConfig.with_context`. `kv_bits`: 8 or 4 keeps keys and values as codes of so many bits.
+        Raises `ConfigError`, `UnsupportedModel`, `CheckpointError`; `RequestError` for a bad `context` or `kv_bits`.
         """
-        checkpoint = Checkpoint.open(folder, ModelConfig.read(folder))
-        return cls(checkpoint, dtype or (mx.float32 if on_cpu() else checkpoint.compute_dtype), report=report)
+        config = ModelConfig.read(folder)
+        if context is not None:
+            config = config.with_context(context)
+        checkpoint = Checkpoint.open(folder, config)
+        dtype = dtype or (mx.float32 if on_cpu() else checkpoint.compute_dtype)
+        return cls(checkpoint, dtype, report=report, kv_bits=kv_bits)
 
     def new_cache(self, padding: Sequence[int] | None = None) -> Cache:
         """An empty timeline; with `padding`, a batch whose rows start with that many padding tokens each."""
-        return Cache(self.config, padding)
+        return Cache(self.config, padding, self.kv_bits)
 
     def __call__(self, tokens: mx.array, cache: Cache | None = None, rows: int | None = None) -> mx.array:
         """Evaluate tokens int [B, T] behind what `cache` holds -> logits float32 [B, T, V], or of the last `rows`.

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from cache.timelines import active, extend, made, same
 from moelocal.cache import Cache, Chunks, Disk, Store, disk, file
 from moelocal.cache.file import Packed
 from moelocal.cache.keys import GRID
+from moelocal.cache.snapshot import Segment
 
 TOKENS = np.random.default_rng(4).integers(0, 500, 4000).tolist()
 PLENTY = 1 << 30
@@ -175,6 +177,26 @@ def test_a_snapshot_too_large_for_memory_goes_to_disk_alone(tmp_path: Path):
     assert store.fate(TOKENS[:1000]) == "disk"
     again = restored(store, TOKENS)
     assert again is not None and again.position == 1000 and store.nbytes == 0
+
+
+def test_what_is_read_costs_the_same_however_many_segments_are_in_memory(tmp_path: Path):
+    stored(tmp_path, TOKENS[:600])
+    store = opened(tmp_path, memory=0)  # what is read does not stay
+    found = store.find(TOKENS)
+    assert found is not None
+
+    def most() -> int:
+        tracemalloc.start()
+        assert store.restore(found) is not None
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return peak
+
+    most()  # what only the first one makes
+    before = most()
+    store._segments.update((f"{number:032x}", Segment(())) for number in range(10_000))
+    assert abs(most() - before) < 20_000  # bytes; a copy of the dict takes 200,000 more
+    assert store.counts["disk"] == 3
 
 
 def test_what_only_memory_is_to_have_is_not_written(tmp_path: Path):

@@ -61,7 +61,7 @@ def test_what_cannot_be_saved_or_loaded_is_an_error(tmp_path: Path):
     Packed.of(content, {**metadata, "version": "0"}).write(path)
     with pytest.raises(RequestError) as caught:
         store.load(path)
-    assert str(caught.value) == f"{path}: expected a saved session of version 1, got version 0"
+    assert str(caught.value) == f"{path}: expected a saved session of version 2, got version 0"
 
 
 @given(st.integers(0, 1 << 20), st.integers(1, 255), st.booleans())

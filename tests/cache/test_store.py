@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import moelocal
-from cache.timelines import active, extend, live_arrays, made, same
+from cache.timelines import active, empty, extend, live_arrays, made, same
 from moelocal.cache import AttentionCache, Cache, Disk, Found, RecurrentCache, Store, snapshot
 from moelocal.cache import store as store_module
 from moelocal.cache.keys import GRID, Chain
@@ -194,11 +194,11 @@ def test_segments_that_a_new_snapshot_shares_survive_the_eviction_it_causes():
     assert restored is not None and same(restored, cache)
 
 
-@pytest.mark.parametrize("kinds", ["r", "rr", "a", "aa", "ra"])
+@pytest.mark.parametrize("kinds", ["r", "rr", "a", "aa", "ra", "8", "r8r8", "44"])
 @pytest.mark.parametrize("position", [GRID, 600])
 def test_models_of_one_kind_of_layer(kinds: str, position: int, tmp_path: Path):
     def timeline(count: int) -> Cache:
-        cache = Cache.of([RecurrentCache() if k == "r" else AttentionCache() for k in kinds], ())
+        cache = empty(kinds)
         extend(cache, (), TOKENS[:count])
         return cache
 
@@ -321,8 +321,8 @@ def batch(tokens: list[int], rows: int) -> Cache:
         if isinstance(layer, RecurrentCache):
             layer.conv, layer.state = (mx.repeat(a, rows, axis=0) for a in layer.arrays)
         else:
-            assert layer.buffer is not None
-            layer.buffer = mx.repeat(layer.buffer, rows, axis=0)
+            assert layer.buffers
+            layer.buffers = (mx.repeat(layer.buffers[0], rows, axis=0),)
     return cache
 
 
@@ -441,7 +441,7 @@ def test_distinct_requests_leave_memory_flat_at_the_budget():
         assert active() - base == store.nbytes <= store.budget
         sizes.append(store.nbytes)
     assert len(set(sizes[-50:])) == 1
-    assert not any(store._segments[link].users != 1 for link in store._segments)
+    assert store._users == dict.fromkeys(store._segments, 1)
 
 
 # Faults planted in each part, and the check that has to see them
@@ -545,7 +545,9 @@ def wrong_position(plant: pytest.MonkeyPatch) -> None:
 def wrong_length(plant: pytest.MonkeyPatch) -> None:
     joined = AttentionCache.joined.__func__  # type: ignore[attr-defined]
     plant.setattr(
-        AttentionCache, "joined", classmethod(lambda cls, parts, length: joined(cls, parts, length + 1))
+        AttentionCache,
+        "joined",
+        classmethod(lambda cls, parts, length, bits: joined(cls, parts, length + 1, bits)),
     )
 
 

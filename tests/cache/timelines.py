@@ -14,7 +14,8 @@ from moelocal.cache import AttentionCache, Cache, RecurrentCache
 from moelocal.cache.layers import copy
 
 KINDS = "rara"
-HEADS, SIZE = 2, 8
+HEADS, SIZE, PACKED = 2, 8, 64
+"""`PACKED`: the size of heads that are kept as codes"""
 CONV, STATE = (1, 3, 16), (1, 2, 4, 8)
 
 
@@ -35,9 +36,20 @@ def _spread(digests: np.ndarray, count: int, salt: int) -> mx.array:
 
 def made(tokens: Sequence[int], chunk: int = 300) -> Cache:
     """The timeline of `tokens`: attention in bfloat16, conv in float16, states in float32."""
-    cache = Cache.of([RecurrentCache() if k == "r" else AttentionCache() for k in KINDS], ())
+    cache = empty(KINDS)
     extend(cache, (), tokens, chunk)
     return cache
+
+
+def empty(kinds: str) -> Cache:
+    """Without a token; a letter for each layer, as in `Snapshot.layers`."""
+    layers = {
+        "r": RecurrentCache,
+        "a": AttentionCache,
+        "8": lambda: AttentionCache(8),
+        "4": lambda: AttentionCache(4),
+    }
+    return Cache.of([layers[kind]() for kind in kinds], ())
 
 
 def extend(cache: Cache, before: Sequence[int], more: Sequence[int], chunk: int = 300) -> None:
@@ -49,8 +61,9 @@ def extend(cache: Cache, before: Sequence[int], more: Sequence[int], chunk: int 
         stop = min(start + chunk, len(tokens))
         for index, layer in enumerate(cache.layers):
             if isinstance(layer, AttentionCache):
-                rows = _spread(digests[start:stop], 2 * HEADS * SIZE, index)
-                stored = rows.reshape(stop - start, 2, HEADS, SIZE).transpose(1, 2, 0, 3)
+                size = SIZE if layer.bits is None else PACKED
+                rows = _spread(digests[start:stop], 2 * HEADS * size, index)
+                stored = rows.reshape(stop - start, 2, HEADS, size).transpose(1, 2, 0, 3)
                 layer.append(stored.astype(mx.bfloat16))
             else:
                 last = digests[stop - 1 : stop]
@@ -69,7 +82,7 @@ def held(cache: Cache) -> list[mx.array]:
         part
         for layer in cache.layers
         for part in (
-            [layer.part(0, cache.position)]
+            layer.part(0, cache.position)
             if isinstance(layer, AttentionCache) and layer.length
             else layer.arrays
         )

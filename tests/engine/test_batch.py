@@ -19,7 +19,8 @@ from moelocal import metal
 from moelocal.cache import AttentionCache, Cache, RecurrentCache, ragged
 from moelocal.cache.ragged import Rows
 from moelocal.engine import batch as module
-from moelocal.engine.batch import Request, generate_batch, stream_batch
+from moelocal.engine.batch import generate_batch, stream_batch
+from moelocal.engine.generate import Request
 from moelocal.errors import BatchError, ContextOverflow, NumericsError, RequestError
 from moelocal.hub import EMBEDDED
 from moelocal.model import Decoder
@@ -526,6 +527,27 @@ def test_generate_takes_a_list_of_prompts(model):
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     again = moelocal.generate(model, chats, sampling=greedy, max_tokens=20)
     assert [done.tokens for done in again] == [done.tokens for done in alone]
+
+
+def test_a_list_of_requests_has_settings_for_each(model):
+    requests = [
+        moelocal.Request("Hello!", seed=1, max_tokens=12),
+        moelocal.Request("Hello!", seed=2, sampling=moelocal.Sampling(temperature=1.5), max_tokens=30),
+        moelocal.Request("Once upon", raw=True, max_tokens=5, logprobs=2),
+    ]
+    together = moelocal.generate(model, requests)
+    for request, done in zip(requests, together, strict=True):
+        settings = {
+            name: getattr(request, name) for name in ("seed", "sampling", "max_tokens", "raw", "logprobs")
+        }
+        assert moelocal.generate(model, request.prompt, **settings).tokens == done.tokens
+    assert together[2].logprobs is not None and together[0].logprobs is None
+    with pytest.raises(RequestError) as caught:
+        moelocal.generate(model, requests, seed=3)
+    assert (
+        str(caught.value)
+        == "seed: a Request has settings of its own; name it there, not beside a list of them"
+    )
 
 
 def test_a_session_takes_one_prompt(model):

@@ -355,6 +355,26 @@ def test_many_that_were_read(loaded, conversation):
     play(loaded, conversation)
 
 
+@pytest.fixture(scope="module")
+def coded() -> Model:
+    """Keys and values in 4 bits."""
+    return moelocal.load(kv_bits=4)
+
+
+@settings(max_examples=2)
+@given(conversation=actions(READ))
+@example(conversation=NESTED)
+def test_what_was_kept_in_codes_is_the_same_bits_warm_and_cold(coded, conversation):
+    play(coded, conversation)
+
+
+@pytest.mark.slow
+@settings(max_examples=15)
+@given(conversation=actions(READ))
+def test_many_that_were_kept_in_codes(coded, conversation):
+    play(coded, conversation)
+
+
 @pytest.mark.slow
 @settings(max_examples=20)
 @given(conversation=actions(WAYS))
@@ -416,7 +436,7 @@ def loses_a_position(self: Snapshot, segments: Any) -> Any:
     for layer in cache.layers:
         if isinstance(layer, AttentionCache):
             layer.cut(layer.length - 1)
-            layer.append(mx.zeros_like(layer.part(0, 1)))
+            layer.append(mx.zeros_like(layer.part(0, 1)[0]))
     return cache
 
 

@@ -68,6 +68,25 @@ def test_the_table_and_one_object_as_the_last_line(pair, capsys):
     assert second.err.startswith("reference taken from ")
 
 
+def test_the_cost_of_keys_and_values_in_fewer_bits(capsys):
+    means = {}
+    for bits in (8, 4):
+        # without a reference the model itself is it: the divergence is what the bits cost
+        assert call(EMBEDDED, "--kv-bits", bits, "--tokens", 600, "--sequence-length", 200, "--json") == 0
+        *lines, last = capsys.readouterr().out.splitlines()
+        found = json.loads(last)
+        assert found["model"] == found["reference"] and found["kv_bits"] == bits
+        assert f"cache      the model's keys and values in {bits} bits, the reference's as they are" in lines
+        means[bits] = found["kl_mean"]["value"]
+    assert 0 < 10 * means[8] < means[4] < 0.05
+
+
+def test_a_reference_is_asked_for(pair, capsys):
+    assert call(pair[0]) == 1
+    expected = "moelocal: error: --reference: expected the original weights, got none\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_a_text_of_the_user(pair, tmp_path, capsys):
     file = tmp_path / "mine.txt"
     file.write_text("Some words of mine. " * 30)
@@ -91,6 +110,7 @@ QUALITY = Quality(
     sequences=64,
     tokens=4,
     dtype="bfloat16",
+    kv_bits=None,
     device="gpu",
     kl_mean=Estimate(0.0123456, 0.0119, 0.0131),
     kl_median=Estimate(0.005, 0.0049, 0.0051),

@@ -19,6 +19,7 @@ from moelocal.hub import EMBEDDED
 from moelocal.layers import mlp
 from moelocal.model import Decoder
 from moelocal.quantize.corpus import Corpus
+from moelocal.units import size
 from packed import pack
 from parity.checkpoints import SMALL, Recipe, tokens, write
 from parity.storage import encode, read_tensors, write_tensors
@@ -194,9 +195,7 @@ def test_progress_counts_both_models_and_notes_say_where_the_reference_is(pair, 
     assert seen[-1] == ("model", 20, 20)
     place = next((cache / "references").iterdir())
     nbytes = sum(file.stat().st_size for file in place.iterdir())
-    assert notes == [f"reference kept in {place} ({nbytes} bytes)"] or notes == [
-        f"reference kept in {place} ({nbytes / 1e6:.1f} MB)"
-    ]
+    assert notes == [f"reference kept in {place} ({size(nbytes)})"]
     first = run()
     assert first.reference_reused and {which for which, _, _ in seen} == {"model"}
     assert notes[0].startswith(f"reference taken from {place} (")

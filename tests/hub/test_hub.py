@@ -27,6 +27,7 @@ from hub.server import Fault, Generated, Repo, Server
 from moelocal import hub
 from moelocal.checkpoint.files import read_entries
 from moelocal.errors import CheckpointError, ModelNotFound
+from moelocal.units import size
 
 AGAIN = "run the same command again"
 
@@ -565,8 +566,8 @@ def test_space_is_checked_before_the_first_byte(server, monkeypatch, cache):
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=500_000))
     total = sum(server.repos[NAME].size(name) for name in WANTED if name != hub.INDEX)
     assert error_of(NAME) == (
-        f"{NAME}: {total} bytes must still be downloaded, but the disk of {cache / 'models--owner--name'} has "
-        f"500000 bytes free: free {total - 500_000} bytes more, or set HF_HOME to a folder on a larger disk"
+        f"{NAME}: {size(total)} must still be downloaded, but the disk of {cache / 'models--owner--name'} has "
+        f"500.0 kB free: free {size(total - 500_000)} more, or set HF_HOME to a folder on a larger disk"
     )
     assert [request.path.rpartition("/")[2] for request in server.gets()] == [hub.INDEX]
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=total))
@@ -585,13 +586,6 @@ def test_what_is_here_already_needs_no_space(server, monkeypatch):
     assert left == sum(server.repos[NAME].size(name) for name in rest) - 200_000
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=left))
     assert_whole(hub.resolve(NAME, progress=False), server.repos[NAME])
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "text"), [(17, "17 bytes"), (512_300_000, "512.3 MB"), (71_900_000_000, "71.90 GB")]
-)
-def test_sizes_are_decimal(nbytes, text):
-    assert hub.size(nbytes) == text
 
 
 def run(program: str, server: Server, cache: Path, **more: object) -> subprocess.Popen[bytes]:

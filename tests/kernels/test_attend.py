@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import mlx.core as mx
 import pytest
@@ -184,8 +185,8 @@ def test_gates_far_out_close_and_open(dtype: mx.Dtype):
     assert not mx.any(compare(q, k, v, -gate)).item()
 
 
-def traffic_of(*arguments: object) -> list[dict[str, dict[str, int]]]:
-    """Bytes per buffer of each launch of an `attend`."""
+def traffic_of(op: Callable[..., mx.array], *arguments: object) -> list[dict[str, dict[str, int]]]:
+    """Bytes per buffer of each launch of a call."""
     seen = []
 
     def noting(**binding: object):
@@ -199,7 +200,7 @@ def traffic_of(*arguments: object) -> list[dict[str, dict[str, int]]]:
         return call
 
     with metal.executing(noting):
-        attend(*arguments)
+        op(*arguments)
     return seen
 
 
@@ -207,7 +208,7 @@ def traffic_of(*arguments: object) -> list[dict[str, dict[str, int]]]:
 def test_nothing_behind_the_length_is_read(keys: int):
     buffer = mx.random.normal((2, 2, 1024, 64)).astype(mx.bfloat16)
     q = mx.random.normal((1, 8, 1, 64)).astype(mx.bfloat16)
-    first, _ = traffic_of(q, *mx.split(buffer, 2), 0.125, None, None, mx.array(keys))
+    first, _ = traffic_of(attend, q, *mx.split(buffer, 2), 0.125, None, None, mx.array(keys))
     assert first["k"]["read"] == first["v"]["read"] == 2 * keys * 64 * 2
 
 
@@ -215,7 +216,7 @@ def test_nothing_behind_the_length_is_read(keys: int):
 def test_keys_and_values_are_read_once_for_all_heads_of_a_group(queries: int):
     keys, size, heads = 1024, 256, 16
     q, k, v, gate = inputs(1, 2, 8, queries, keys, size, mx.bfloat16, True, 1.0)
-    first, second = traffic_of(q, k, v, size**-0.5, None, gate)
+    first, second = traffic_of(attend, q, k, v, size**-0.5, None, gate)
     once = 2 * keys * size * 2
     shares = -(-8 * queries // ROWS)  # three positions of eight heads are more rows than one reading serves
     assert first["k"]["read"] == first["v"]["read"] == shares * once

@@ -16,6 +16,7 @@ from moelocal.errors import MoelocalError, RequestError
 from moelocal.quantize import command
 from moelocal.quantize.convert import WAITING
 from moelocal.quantize.progress import progress_bar
+from moelocal.units import size
 
 EMBEDDED = str(hub.EMBEDDED)
 
@@ -30,7 +31,7 @@ def test_it_says_what_it_made_and_where(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     quantize(EMBEDDED, "--recipe", "4bit", "--method", "minmax")
     weights = (tmp_path / "embedded-4bit" / "model.safetensors").stat().st_size
-    expected = f"size         {hub.size(weights)}, from 9.2 MB\nleft out     19 mtp tensors\n"
+    expected = f"size         {size(weights)}, from 9.2 MB\nleft out     19 mtp tensors\n"
     assert capsys.readouterr() == (f"{tmp_path / 'embedded-4bit'}: done\n{expected}", "")
     quantize(EMBEDDED, "--recipe", "4bit", "--method", "minmax")
     assert capsys.readouterr().out == f"{tmp_path / 'embedded-4bit'}: was there already\n{expected}"

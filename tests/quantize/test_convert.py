@@ -39,6 +39,7 @@ from moelocal.quantize.pieces import Piece
 from moelocal.quantize.recipe import Plan, Recipe, class_of
 from moelocal.quantize.shards import Shards
 from moelocal.quantize.streamed import block_of
+from moelocal.units import size
 from parity.checkpoints import SMALL, tokens, write
 from parity.checkpoints import Recipe as Random
 from parity.ours import Ours, assert_same
@@ -684,8 +685,8 @@ def test_no_space_is_said_before_the_first_byte(tmp_path, mixed, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     refused(
         CheckpointError,
-        f"{tmp_path / 'out'}: {needed} bytes are needed, but only {needed - 1} bytes are free on this disk; free some "
-        "space, or choose another one with --to",
+        f"{tmp_path / 'out'}: {size(needed)} are needed, but only {size(needed - 1)} are free on this disk; "
+        "free some space, or choose another one with --to",
         folder, tmp_path / "out", mixed,
     )  # fmt: skip
     assert not (tmp_path / "out").exists()

@@ -19,7 +19,8 @@ from moelocal.formats import QuantSpec
 from moelocal.ops.group_search import group_search
 from moelocal.quantize.fit import HARM, expected_errors, fit, searched_error, total_error
 from moelocal.quantize.recipe import BUILT_IN, CLASSES, Recipe, class_of, layer_of
-from moelocal.quantize.sizes import packed_nbytes, parse_size, shapes_of, sizes
+from moelocal.quantize.sizes import packed_nbytes, shapes_of, sizes
+from moelocal.units import parse_size
 from parity.checkpoints import Recipe as Model
 from parity.checkpoints import config
 
@@ -269,9 +270,7 @@ def test_the_smallest_size_that_is_said_can_be_had(found):
     recipe = Recipe.open("balanced")
     with pytest.raises(RequestError) as error:
         fit(recipe, found, shapes_of(found), 1_000)
-    assert str(error.value).startswith(
-        "target size 1000 bytes: the smallest that recipe balanced can become is "
-    )
+    assert str(error.value).startswith("target size 1.0 kB: the smallest that recipe balanced can become is ")
     said = parse_size(str(error.value).rpartition(" is ")[2].replace(" bytes", ""))
     assert sizes(found, shapes_of(found), fit(recipe, found, shapes_of(found), said)).nbytes <= said
     assert said < 1.2 * smallest(recipe, found)

@@ -21,6 +21,7 @@ from moelocal.checkpoint.files import read_entries
 from moelocal.errors import CheckpointError, ModelNotFound, RequestError
 from moelocal.quantize.shards import Shards
 from moelocal.survey import survey
+from moelocal.units import size
 from parity.checkpoints import SMALL, Recipe, write
 
 REPO = small_repo()
@@ -378,10 +379,10 @@ def test_no_room_for_a_shard(server, work, tmp_path, monkeypatch, delete):
         with pytest.raises(ModelNotFound) as caught:
             shards.need([SHARDS[0]])
         where = work / "downloads" if delete else tmp_path / "cache" / "models--owner--name"
-        size = REPO.size(SHARDS[0])
+        nbytes = REPO.size(SHARDS[0])
         assert str(caught.value).startswith(
-            f"{NAME}: {size} bytes must still be downloaded, but the disk of {where} has 1000 bytes free: "
-            f"free {size - 1000} bytes more"
+            f"{NAME}: {size(nbytes)} must still be downloaded, but the disk of {where} has 1.0 kB free: "
+            f"free {size(nbytes - 1000)} more"
         )
         assert not server.requests
 

@@ -16,19 +16,16 @@ from moelocal.config import ModelConfig
 from moelocal.errors import RequestError
 from moelocal.formats import QuantSpec
 from moelocal.model import Decoder
-from moelocal.quantize.inspect import size
 from moelocal.quantize.recipe import BUILT_IN, Recipe
 from moelocal.quantize.sizes import (
-    GIB,
     WORKING,
     Memory,
     context_that_fits,
     packed_nbytes,
-    parse_memory,
-    parse_size,
     shapes_of,
     sizes,
 )
+from moelocal.units import GIB, size
 from parity.checkpoints import SMALL, config, write
 from parity.checkpoints import Recipe as Model
 
@@ -142,43 +139,6 @@ def test_formats_of_a_part(flagship):
     parts = {p.name: p for p in sizes(*flagship, Recipe.open("balanced").plan(*flagship)).parts}
     assert parts["experts.down"].formats == (("5 bits in groups of 64", 24), ("4 bits in groups of 64", 16))
     assert parts["router"].formats == (("16-bit float", 40),)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("20.9GB", 20_900_000_000),
-        ("20.9 GB", 20_900_000_000),
-        (" 19.5GiB ", 20_937_965_568),
-        ("800MB", 800_000_000),
-        ("1kB", 1000),
-        ("7", 7),
-        ("7B", 7),
-        ("0.001kB", 1),
-        ("1TiB", 1 << 40),
-    ],
-)
-def test_sizes_are_read(text, expected):
-    assert parse_size(text) == expected
-
-
-@pytest.mark.parametrize(
-    "text", ["", "GB", "-1GB", "1e9", "20,9GB", "20.9gb", "1.GB", ".5GB", "0", "٣GB", "1" * 20, "nanGB"]
-)
-def test_sizes_that_are_none(text):
-    with pytest.raises(RequestError) as error:
-        parse_size(text, "--target-size")
-    assert str(error.value) == (
-        f"--target-size: expected a size like 20.9GB (1e9 bytes) or 19.5GiB (2^30), got {text!r}"
-    )
-
-
-def test_memory_is_counted_as_it_is_sold():
-    assert parse_memory("24GB") == parse_memory("24 GiB") == 24 * GIB
-    assert parse_memory("512MB") == 512_000_000
-    with pytest.raises(RequestError) as error:
-        parse_memory("much", "--memory")
-    assert str(error.value) == "--memory: expected a size like 24GB, as a Mac's memory is named, got 'much'"
 
 
 @pytest.mark.parametrize(

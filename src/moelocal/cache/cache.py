@@ -42,11 +42,14 @@ class Cache:
 
     __slots__ = ("_marks", "chunks", "layers", "padding", "position")
 
-    def __init__(self, config: ModelConfig, padding: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, padding: Sequence[int] | None = None, kv_bits: int | None = None
+    ) -> None:
+        """`kv_bits`: of the codes of keys and values (`AttentionCache`); None keeps them as they are."""
         if padding is not None and (not padding or min(padding) < 0):
             raise RequestError(f"padding: expected one count of at least 0 per row, got {list(padding)}")
         self.layers: list[LayerCache] = [
-            AttentionCache() if isinstance(layer.mixer, AttentionSpec) else RecurrentCache()
+            AttentionCache(kv_bits) if isinstance(layer.mixer, AttentionSpec) else RecurrentCache()
             for layer in config.layers
         ]
         self.padding = mx.array(list(padding)) if padding is not None and any(padding) else None

@@ -26,7 +26,7 @@ import mlx.core as mx
 from moelocal.cache.cache import Chunks
 from moelocal.cache.file import Damaged, Packed, Tensor, read, read_metadata, tensors
 from moelocal.cache.keys import GRID, Chain
-from moelocal.cache.shelf import Shelf, Shelves, segment_name, snapshot_name
+from moelocal.cache.shelf import Shelf, Shelves, segment_name, shelves_in, snapshot_name
 from moelocal.cache.snapshot import Segment, Snapshot
 from moelocal.cache.writer import Writer
 
@@ -127,6 +127,17 @@ class Disk:
             for name in [name for name, file in files.items() if file.path in self._unusable]:
                 del files[name]
         return shelf
+
+    def elsewhere(self, tokens: Sequence[int]) -> int:
+        """The longest prefix of `tokens` that is stored under another fingerprint, 0 for none."""
+        longest = 0
+        with contextlib.suppress(OSError):
+            for folder in shelves_in(self.folder):
+                if folder == self._shelf:
+                    continue
+                chain = Chain("", tokens, root=folder.name)
+                longest = max([longest, *(file.position for file in Shelf.of(folder).fitting(chain))])
+        return longest
 
     def has(self, chain: Chain, position: int) -> bool:
         """Whether there is a snapshot at exactly `position`; whether it is whole shows when it is read."""

@@ -30,10 +30,11 @@ class Chain:
     is made of lines[0] = H(fingerprint), lines[i + 1] = H(lines[i], GRID tokens as int32, the lowest byte first).
     """
 
-    def __init__(self, fingerprint: str, tokens: Sequence[int]) -> None:
+    def __init__(self, fingerprint: str, tokens: Sequence[int], root: str | None = None) -> None:
+        """`root`: in place of a fingerprint, its name."""
         self.length = len(tokens)
         self._data = np.asarray(tokens, dtype="<i4").tobytes()
-        self._lines = [_digest(b"fingerprint", fingerprint.encode())]
+        self._lines = [_digest(b"fingerprint", fingerprint.encode()) if root is None else bytes.fromhex(root)]
         for start in range(0, self.length - GRID + 1, GRID):
             self._lines.append(_digest(b"line", self._lines[-1], self.tokens(start, start + GRID)))
 

@@ -16,8 +16,13 @@ from moelocal.cache.layers import AttentionCache, LayerCache, RecurrentCache, co
 from moelocal.cache.snapshot import check
 from moelocal.errors import RequestError
 
-VERSION: Final = "1"
+VERSION: Final = "2"
 """Of what is in the file."""
+
+
+def _names(bits: int | None) -> tuple[str, ...]:
+    """Of the arrays of an attention layer."""
+    return ("stored",) if bits is None else ("codes", "scales", "biases")
 
 
 def save(path: Path, fingerprint: str, tokens: Sequence[int], cache: Cache) -> None:
@@ -30,7 +35,8 @@ def save(path: Path, fingerprint: str, tokens: Sequence[int], cache: Cache) -> N
     arrays: dict[str, mx.array] = {}
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, AttentionCache):
-            arrays[f"{index}.stored"] = copy(layer.part(0, cache.position))
+            kept = zip(_names(layer.bits), layer.part(0, cache.position), strict=True)
+            arrays |= {f"{index}.{name}": copy(part) for name, part in kept}
         else:
             assert layer.conv is not None and layer.state is not None
             arrays[f"{index}.conv"], arrays[f"{index}.state"] = copy(layer.conv), copy(layer.state)
@@ -40,6 +46,7 @@ def save(path: Path, fingerprint: str, tokens: Sequence[int], cache: Cache) -> N
         "fingerprint": fingerprint,
         "layers": str(len(cache.layers)),
         "chunks": json.dumps(cache.chunks),
+        "kv_bits": json.dumps(next((x.bits for x in cache.layers if isinstance(x, AttentionCache)), None)),
     }
     try:
         Packed.of({"tokens": listed, **tensors(arrays)}, metadata).write(path)
@@ -68,9 +75,11 @@ def load(path: Path, fingerprint: str) -> tuple[list[int], Cache]:
         )
     tokens: list[int] = np.frombuffer(content["tokens"].data, "<i4").tolist()
     layers: list[LayerCache] = []
+    bits: int | None = json.loads(metadata["kv_bits"])
     for index in range(int(metadata["layers"])):
-        if stored := content.get(f"{index}.stored"):
-            layers.append(AttentionCache.joined([stored.array()], len(tokens)))
+        if f"{index}.state" not in content:
+            part = [content[f"{index}.{name}"].array() for name in _names(bits)]
+            layers.append(AttentionCache.joined([part], len(tokens), bits))
         else:
             layers.append(RecurrentCache(content[f"{index}.conv"].array(), content[f"{index}.state"].array()))
     cache = Cache.of(layers, [(number, size) for number, size in json.loads(metadata["chunks"])])

@@ -87,13 +87,16 @@ class Shelf:
         return links[::-1]
 
 
+def shelves_in(folder: Path) -> list[Path]:
+    """The folders of all fingerprints. Raises OSError."""
+    return [f for f in folder.iterdir() if re.fullmatch("[0-9a-f]{32}", f.name) and f.is_dir()]
+
+
 class Shelves:
     """All files of a folder, with their sizes. For the holder of its lock."""
 
     def __init__(self, folder: Path) -> None:
-        self.shelves = {
-            f: Shelf.of(f) for f in folder.iterdir() if re.fullmatch("[0-9a-f]{32}", f.name) and f.is_dir()
-        }
+        self.shelves = {each: Shelf.of(each) for each in shelves_in(folder)}
         self.evicted = 0
         self.removed: set[str] = set()  # links of segments
         self._sizes, self._times = dict[Path, int](), dict[Path, int]()

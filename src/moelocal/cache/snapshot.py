@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import mlx.core as mx
 
@@ -20,7 +21,7 @@ from moelocal.errors import RequestError
 
 @dataclass(frozen=True)
 class Segment:
-    """Keys and values of GRID positions, [2, Hkv, GRID, D] for each attention layer."""
+    """Keys and values of GRID positions: of each attention layer what `AttentionCache.part` gives."""
 
     arrays: tuple[mx.array, ...]
 
@@ -32,8 +33,8 @@ class Segment:
 @dataclass(frozen=True)
 class Snapshot:
     """`key` and `links` (of its segments) as in `Chain`, `chunks` as in `Cache`. `layers` has one letter per layer:
-    "r" recurrent, "a" attention; `states` conv and state of each "r", `tail` [2, Hkv, < GRID, D] of each "a", none on a
-    grid line."""
+    "r" recurrent, "a" attention, "8" and "4" attention with codes of so many bits; `states` conv and state of each "r";
+    `tail`, as in `Segment`, less than GRID positions of each of the others, none on a grid line."""
 
     key: str
     position: int
@@ -56,16 +57,15 @@ class Snapshot:
     def restore(self, segments: Sequence[Segment]) -> Cache:
         """A timeline at its position. States are shared, as nothing ever writes into them; keys and values are copied
         into buffers with room to grow."""
-        states, layers, attention = iter(self.states), list[LayerCache](), 0
+        states, layers = iter(self.states), list[LayerCache]()
+        pieces = [iter(segment.arrays) for segment in segments] + ([iter(self.tail)] if self.tail else [])
         for kind in self.layers:
             if kind == "r":
                 layers.append(RecurrentCache(next(states), next(states)))
             else:
-                parts = [segment.arrays[attention] for segment in segments]
-                if self.tail:
-                    parts.append(self.tail[attention])
-                layers.append(AttentionCache.joined(parts, self.position))
-                attention += 1
+                bits = None if kind == "a" else int(kind)
+                parts = [list(islice(piece, 1 if bits is None else 3)) for piece in pieces]
+                layers.append(AttentionCache.joined(parts, self.position, bits))
         cache = Cache.of(layers, self.chunks)
         mx.eval(cache.arrays)
         return cache
@@ -93,8 +93,15 @@ def check(tokens: Sequence[int], cache: Cache) -> None:
 
 
 def parts(cache: Cache, start: int, stop: int) -> list[mx.array]:
-    """Keys and values of these positions, of each attention layer: views."""
-    return [layer.part(start, stop) for layer in cache.layers if isinstance(layer, AttentionCache)]
+    """Keys and values of these positions, of all attention layers: views."""
+    kept = [layer.part(start, stop) for layer in cache.layers if isinstance(layer, AttentionCache)]
+    return [array for arrays in kept for array in arrays]
+
+
+def _letter(layer: LayerCache) -> str:
+    if isinstance(layer, RecurrentCache):
+        return "r"
+    return "a" if layer.bits is None else str(layer.bits)
 
 
 def sizes(cache: Cache) -> tuple[int, int]:
@@ -122,7 +129,7 @@ def take(
         for cell, link in enumerate(links)
         if link not in have
     }
-    layers = "".join("r" if isinstance(layer, RecurrentCache) else "a" for layer in cache.layers)
+    layers = "".join(map(_letter, cache.layers))
     snapshot = Snapshot(key, position, tuple(links), tuple(cache.chunks), layers, states, tail)
     mx.eval(snapshot.arrays, [segment.arrays for segment in segments.values()])
     return snapshot, segments

@@ -32,14 +32,6 @@ class Found:
     chain: Chain = field(repr=False)
 
 
-@dataclass(slots=True)
-class _Shared:
-    """A segment and how many snapshots need it."""
-
-    segment: Segment
-    users: int = 0
-
-
 class Store:
     """Snapshots by the tokens that led to them. For one thread.
 
@@ -55,7 +47,9 @@ class Store:
         self.nbytes = 0
         self._snapshots: OrderedDict[str, Snapshot] = OrderedDict()
         self._positions: Counter[int] = Counter()
-        self._segments: dict[str, _Shared] = {}
+        self._segments: dict[str, Segment] = {}
+        self._users: Counter[str] = Counter()
+        """How many snapshots need a segment."""
         self._lost: OrderedDict[str, Fate] = OrderedDict()
 
     def __len__(self) -> int:
@@ -87,6 +81,10 @@ class Store:
             return "disk"
         return self._lost.get(key, "never stored")
 
+    def elsewhere(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` are stored on disk under another fingerprint: of no use here."""
+        return self.disk.elsewhere(tokens) if self.disk else 0
+
     def put(self, tokens: Sequence[int], cache: Cache, *, keep: bool = True) -> None:
         """Store what `cache` holds, which are `tokens`; on disk only with `keep`. Evaluates it, and copies what is not
         there yet. What is stored already is as if used, and replaced if it was evaluated in other chunks; what cannot
@@ -113,8 +111,7 @@ class Store:
         self._snapshots.move_to_end(key)
         self.counts["put"] += 1
         if keep and self.disk:
-            snapshot = self._snapshots[key]
-            self.disk.put(chain, snapshot, {link: self._segments[link].segment for link in snapshot.links})
+            self.disk.put(chain, self._snapshots[key], self._segments)
 
     def restore(self, found: Found) -> Cache | None:
         """A timeline of its own at `found.position`; None if the snapshot has gone meanwhile or was refused."""
@@ -122,9 +119,8 @@ class Store:
         if snapshot is not None:
             self._snapshots.move_to_end(found.key)
             self.counts["memory"] += 1
-            return snapshot.restore([self._segments[link].segment for link in snapshot.links])
-        have = {link: shared.segment for link, shared in self._segments.items()} if self.disk else {}
-        read = self.disk.get(found.chain, found.position, have) if self.disk else None
+            return snapshot.restore([self._segments[link] for link in snapshot.links])
+        read = self.disk.get(found.chain, found.position, self._segments) if self.disk else None
         if read is None:
             self._lose(found.key, "refused" if found.where == "disk" else "evicted")
             return None
@@ -171,9 +167,8 @@ class Store:
             self._lose(key, "evicted")
 
     def _add(self, snapshot: Snapshot, fresh: Mapping[str, Segment]) -> None:
-        for link, segment in fresh.items():
-            self._segments[link] = _Shared(segment)
-            self.nbytes += segment.nbytes
+        self._segments.update(fresh)
+        self.nbytes += sum(segment.nbytes for segment in fresh.values())
         self._snapshots[snapshot.key] = snapshot
         self._positions[snapshot.position] += 1
         self._lost.pop(snapshot.key, None)
@@ -197,16 +192,14 @@ class Store:
             self._release(held)
 
     def _claim(self, links: Iterable[str]) -> None:
-        for link in links:
-            self._segments[link].users += 1
+        self._users.update(links)
 
     def _release(self, links: Iterable[str]) -> None:
         for link in links:
-            shared = self._segments[link]
-            shared.users -= 1
-            if not shared.users:
-                self.nbytes -= shared.segment.nbytes
-                del self._segments[link]
+            self._users[link] -= 1
+            if not self._users[link]:
+                del self._users[link]
+                self.nbytes -= self._segments.pop(link).nbytes
 
     def _lose(self, key: str, fate: Fate) -> None:
         self._lost[key] = fate

@@ -91,6 +91,8 @@ def load(parsed: argparse.Namespace) -> tuple[Model, dict[str, Any]]:
         revision=parsed.revision,
         quantization=parsed.quantization,
         dtype=parsed.dtype,
+        context=parsed.context,
+        kv_bits=parsed.kv_bits,
         snapshots=parsed.snapshots,
         offline=parsed.offline,
         progress=sys.stderr.isatty(),
@@ -145,6 +147,18 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "only if they do not fit",
     )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the computation")
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help="the longest conversation; more than the model was trained with (up to 4 times) stretches it by YaRN",
+    )
+    parser.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(8, 4),
+        help="keep keys and values in so many bits: less memory, slightly other answers",
+    )
     parser.add_argument(
         "--snapshots",
         default="0",

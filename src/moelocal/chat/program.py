@@ -16,6 +16,7 @@ from moelocal.chat.keyboard import Keyboard
 from moelocal.chat.screen import Screen
 from moelocal.cost import record
 from moelocal.errors import MoelocalError, RequestError
+from moelocal.units import size
 
 if TYPE_CHECKING:
     from moelocal.engine.completion import Completion
@@ -228,18 +229,12 @@ def summary(done: Completion) -> str:
     """One line of figures about an answer."""
     timing, usage = done.timing, done.usage
     reused = f" · {usage.cached} of {usage.prompt} prompt tokens reused" if usage.cached else ""
+    if usage.miss is not None:
+        reused += f" (no more: {usage.miss.cause})"
     return (
         f"[{done.usage.completion} tokens · {timing.decode_tokens_per_second:.1f} tokens/s · "
         f"first token after {timing.first_token_seconds:.2f} s{reused} · {size(timing.peak_memory_nbytes)}]"
     )
-
-
-def size(nbytes: int) -> str:
-    """Bytes for people: "7.0 kB", "12.1 MB", "21.4 GB"."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.1f} {name}"
-    return f"{nbytes / 1e3:.1f} kB"
 
 
 def _assistant(answer: str, reasoning: str, done: Completion | None) -> Message:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -18,6 +19,29 @@ from moelocal.errors import CheckpointError
 from moelocal.formats import QuantizedArray, QuantPlan, QuantSpec, Weight, infer_spec
 
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+
+class AnyScope(Protocol):
+    """What a layer takes its weights from: a `Scope`, or something that gives its own answers."""
+
+    def at(self, name: str) -> AnyScope: ...
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: mx.Dtype | None = mx.float32) -> mx.array: ...
+
+    def matrix(
+        self, name: str, rows: int, cols: int, dtype: mx.Dtype | None, experts: int | None = None
+    ) -> Weight: ...
+
+
+class AnyCheckpoint(Protocol):
+    """What a network is built from: a `Checkpoint`, or something that gives its own answers."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def root(self) -> AnyScope: ...
+
+    def require_all_used(self) -> None: ...
 
 
 @dataclass(slots=True)

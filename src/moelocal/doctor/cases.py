@@ -10,19 +10,20 @@ and come from memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import mlx.core as mx
 
-from moelocal.cache.layers import STEP
+from moelocal.cache.layers import STEP, group_of, kv_nbytes
 from moelocal.config import AttentionSpec, DeltaNetSpec, MoESpec
 from moelocal.doctor.shapes import QUANTIZED, Experts, Shapes, random_block, random_router
-from moelocal.formats import QuantizedArray, Weight
+from moelocal.formats import QuantizedArray, QuantSpec, Weight
 from moelocal.layers.rope import frequencies
 from moelocal.ops.add_norm import add_norm
 from moelocal.ops.attend import attend
+from moelocal.ops.attend_packed import attend_packed
 from moelocal.ops.choice import words
 from moelocal.ops.delta_net import DeltaNetWeights, delta_net, delta_net_states
 from moelocal.ops.experts import SwiGLU, experts
@@ -39,6 +40,9 @@ LENGTH: Final = 64
 
 CONTEXTS: Final = tuple(1 << bits for bits in range(8, 19))
 """Keys that the buffer of a cache has room for when attention is measured: the size classes of 256 to 262,144."""
+
+KEPT: Final = (None, 8, 4)
+"""Bits of the codes that keys and values are kept in; None: as they are."""
 
 BEYOND_CACHES: Final = 1 << 28
 """Bytes of keys and values after which a chain starts over: more than the caches of a chip hold. A short context does
@@ -79,7 +83,9 @@ def cases(shapes: Shapes, length: int = LENGTH) -> Iterator[Case]:
             yield _delta_net(delta_net_states, mixer, DRAFT, config.norm_eps, dtype, length)
         else:
             yield _prologue(mixer, config.norm_eps, dtype, length)
-            yield from (_attend(mixer, dtype, keys, length) for keys in CONTEXTS if keys <= config.context)
+            contexts = [keys for keys in CONTEXTS if keys <= config.context]
+            for bits in KEPT if mixer.head_dim % 32 == 0 else KEPT[:1]:
+                yield from (_attend(mixer, dtype, keys, bits, length) for keys in contexts)
     for mlp in dict.fromkeys(layer.mlp for layer in config.layers):
         if isinstance(mlp, MoESpec):
             yield _route(mlp, length)
@@ -150,32 +156,55 @@ def _prologue(spec: AttentionSpec, eps: float, dtype: mx.Dtype, length: int) -> 
     return Case(prologue, "1 token", step, length)
 
 
-def _attend(spec: AttentionSpec, dtype: mx.Dtype, keys: int, length: int) -> Case:
+def _attend(spec: AttentionSpec, dtype: mx.Dtype, keys: int, bits: int | None, length: int) -> Case:
     q = _normal(1, spec.heads, 1, spec.head_dim, dtype=dtype)
     gate = _normal(1, 1, spec.heads, spec.head_dim, dtype=dtype) if spec.gated else None
-    nbytes = 2 * spec.kv_heads * keys * spec.head_dim * dtype.size
-    # as a step gets them: the whole buffer of a cache, filled but for half of what it grows by
+    form = None if bits is None else QuantSpec(bits, group_of(spec.head_dim))
+    nbytes = keys * kv_nbytes(spec, dtype.size, bits)
+    # as a step gets them: the whole buffers of a cache, filled but for half of what it grows by
     buffers = [
-        _normal(2, spec.kv_heads, keys, spec.head_dim, dtype=dtype)
-        for _ in range(min(length, -(-BEYOND_CACHES // nbytes)))
+        [stored] if form is None else mx.quantize(stored, group_size=form.group, bits=form.bits)
+        for stored in (
+            _normal(2, spec.kv_heads, keys, spec.head_dim, dtype=dtype)
+            for _ in range(min(length, -(-BEYOND_CACHES // nbytes)))
+        )
     ]
     room = STEP // 2
     filled, scale = mx.array(keys - room), 1 / math.sqrt(spec.head_dim)
 
     def step(i: int, last: Any) -> tuple[Any, ...]:
-        k, v = mx.split(buffers[i % len(buffers)], 2)
+        k, v = _halves(buffers[i % len(buffers)], form)
         return q if last is None else last.reshape(q.shape), k, v, scale, None, gate, filled
 
     def expected() -> Any:
-        (k, v), parts, ratio = mx.split(buffers[0], 2), [], spec.heads // spec.kv_heads
+        (k, v), parts, ratio = _halves(buffers[0], form), [], spec.heads // spec.kv_heads
         for head in range(spec.heads):  # the reference has every key in float32 for every head
-            own, its = slice(head, head + 1), slice(head // ratio, head // ratio + 1)
+            own, its = slice(head, head + 1), head // ratio
             gated = None if gate is None else gate[:, :, own]
-            parts.append(attend.reference(q[:, own], k[:, its], v[:, its], scale, None, gated, filled))
+            parts.append(op.reference(q[:, own], _head(k, its), _head(v, its), scale, None, gated, filled))
             mx.eval(parts[-1])
         return mx.concatenate(parts, axis=-1)
 
-    return Case(attend, f"1 token, {keys} keys", step, length, nbytes * room // keys, expected=expected)
+    op: Op[..., Any] = attend if bits is None else attend_packed
+    name = f"1 token, {keys} keys" + ("" if bits is None else f", {bits} bits")
+    return Case(op, name, step, length, nbytes * room // keys, expected=expected)
+
+
+def _halves(parts: Sequence[mx.array], form: QuantSpec | None) -> list[Any]:
+    """Keys and values of the buffers of a cache, as `Attention` hands them to its op."""
+    halves = [mx.split(part, 2) for part in parts]
+    if form is None:
+        return list(halves[0])
+    codes, scales, biases = halves
+    return [QuantizedArray(*each, form) for each in zip(codes, scales, biases, strict=True)]
+
+
+def _head(kept: Any, head: int) -> Any:
+    """One head of keys or values, and its axis."""
+    if isinstance(kept, mx.array):
+        return kept[:, head : head + 1]
+    weight, scales, biases = (part[:, head : head + 1] for part in kept.arrays)
+    return QuantizedArray(weight, scales, biases, kept.spec)
 
 
 def _route(spec: MoESpec, length: int) -> Case:

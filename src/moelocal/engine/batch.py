@@ -18,40 +18,25 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Final
+from typing import Final
 
 import mlx.core as mx
 
 from moelocal.cache import Cache
 from moelocal.cache.ragged import Rows
 from moelocal.engine.completion import Completion, Event
-from moelocal.engine.generate import Prompt, _Answer, _prepared, _Step
+from moelocal.engine.generate import Request, _Answer, _prepared, _Step
 from moelocal.engine.load import Model
 from moelocal.engine.plan import batch_nbytes, memory_limit
-from moelocal.engine.sampling import Sampler, Sampling, log_probabilities
+from moelocal.engine.sampling import Sampler, log_probabilities
 from moelocal.engine.session import Session
 from moelocal.errors import BatchError, MoelocalError, NumericsError, RequestError
 from moelocal.ops.host import MANY_ROWS
 
 MOST_ROWS: Final = 8
 """Answers that grow at once unless `rows` says otherwise: the most that our kernels take."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt of a batch with settings of its own. Fields as the arguments of `stream`."""
-
-    prompt: Prompt
-    max_tokens: int | None = None
-    sampling: Sampling | None = None
-    stop: Sequence[str] = ()
-    seed: int | None = None
-    thinking: bool | None = None
-    tools: Sequence[Mapping[str, Any]] | None = None
-    logprobs: int | None = None
-    raw: bool = False
 
 
 def generate_batch(model: Model, requests: Sequence[Request], *, rows: int = MOST_ROWS) -> list[Completion]:

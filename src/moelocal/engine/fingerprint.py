@@ -11,11 +11,12 @@ import mlx.core as mx
 from moelocal import metal
 from moelocal.cache.keys import GRID
 from moelocal.checkpoint.files import weight_files
+from moelocal.config import ModelConfig
 from moelocal.engine.chunks import STRIDE
 from moelocal.ops import choice
 from moelocal.ops.op import forced
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Counts changes of what is stored, and of the arithmetic that leads there."""
 
 SAMPLES: Final = 64
@@ -24,9 +25,10 @@ SAMPLES: Final = 64
 _PIECE: Final = 1 << 16
 
 
-def fingerprint(folder: Path, dtype: mx.Dtype) -> str:
-    """Names the weights in `folder`, config.json (the quantization in it), the dtype of activations, the device, the
-    forms of operations, and the versions of MLX and of what is stored.
+def fingerprint(folder: Path, dtype: mx.Dtype, config: ModelConfig, kv_bits: int | None) -> str:
+    """Names the weights in `folder`, config.json (the quantization in it), the layers of `config` (which YaRN may have
+    changed), the dtypes of activations, keys and values, the device, the forms of operations, and the versions of MLX
+    and of what is stored.
 
     Of the weights it reads names, lengths, headers and samples: weights that were trained or quantized anew differ in
     all of them. A change of a few bytes between the samples would not be seen.
@@ -34,7 +36,14 @@ def fingerprint(folder: Path, dtype: mx.Dtype) -> str:
     digest = hashlib.blake2b(digest_size=16)
     version: str = mx.__version__  # type: ignore[attr-defined]
     device = mx.default_device().type.name
-    for text in (f"{FORMAT} {STRIDE} {GRID}", version, device, str(dtype), _forms()):
+    for text in (
+        f"{FORMAT} {STRIDE} {GRID}",
+        version,
+        device,
+        str(dtype),
+        _forms(),
+        f"{kv_bits} {config.layers}",
+    ):
         digest.update(text.encode() + b"\0")
     digest.update((folder / "config.json").read_bytes() + b"\0")
     for file in weight_files(folder):

@@ -31,7 +31,24 @@ MOST_TOKENS: Final = 32_768
 """Tokens of an answer when `max_tokens` is not given: what the model cards recommend."""
 
 Prompt = str | Sequence[Mapping[str, Any]]
-Prompts = list[str] | list[Sequence[Mapping[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt of several, with settings of its own. Fields as the arguments of `stream`."""
+
+    prompt: Prompt
+    max_tokens: int | None = None
+    sampling: Sampling | None = None
+    stop: Sequence[str] = ()
+    seed: int | None = None
+    thinking: bool | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    logprobs: int | None = None
+    raw: bool = False
+
+
+Prompts = list[str] | list[Request] | list[Sequence[Mapping[str, Any]]]
 
 
 class Options(TypedDict, total=False):
@@ -55,19 +72,25 @@ def generate(
     model: Model | Session, prompt: Prompt | Prompts, **options: Unpack[Options]
 ) -> Completion | list[Completion]:
     """The whole answer to `prompt`; to a list of prompts the answers in their order, decoded together: each is what it
-    is alone, by the rule that `engine/batch.py` states.
+    is alone, by the rule that `engine/batch.py` states. A list of `Request`s has settings for each.
 
     Arguments and errors as of `stream`; of several prompts an error names which one, and what goes wrong with one of
     them while it is answered raises `BatchError` when the others are done, with their completions. A `Session` is one
     timeline, and takes one prompt.
     """
     if not isinstance(prompt, str) and prompt and not isinstance(prompt[0], Mapping):
-        from moelocal.engine.batch import Request, generate_batch  # here: it builds on this file
+        from moelocal.engine.batch import generate_batch  # here: it builds on this file
 
         if isinstance(model, Session):
             raise RequestError("prompt: a session takes one prompt, got a list of them; pass the model")
-        requests = [Request(each, **options) for each in cast(Sequence[Prompt], prompt)]
-        return generate_batch(model, requests)
+        if options and any(isinstance(each, Request) for each in prompt):
+            raise RequestError(
+                f"{next(iter(options))}: a Request has settings of its own; name it there, not beside a list of them"
+            )
+        each_of = cast(Sequence[Prompt | Request], prompt)
+        return generate_batch(
+            model, [p if isinstance(p, Request) else Request(p, **options) for p in each_of]
+        )
     completion = None
     for event in stream(model, cast(Prompt, prompt), **options):
         completion = event.completion

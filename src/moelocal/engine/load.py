@@ -28,6 +28,7 @@ from moelocal.model import Decoder
 from moelocal.text.generation_config import GenerationDefaults
 from moelocal.text.template import ChatTemplate
 from moelocal.text.tokenizer import Tokenizer
+from moelocal.units import parse_size
 
 _DTYPES: Final = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -61,6 +62,11 @@ class Model:
         """The dtype of activations."""
         return self.decoder.dtype
 
+    @property
+    def kv_bits(self) -> int | None:
+        """Bits of the codes that keys and values are kept as; None if they are kept as they are."""
+        return self.decoder.kv_bits
+
     def new_cache(self, padding: Sequence[int] | None = None) -> Cache:
         """An empty timeline; with `padding`, a batch whose rows start with that many padding tokens each."""
         return self.decoder.new_cache(padding)
@@ -89,7 +95,7 @@ class Model:
     @cached_property
     def store(self) -> Store:
         """The snapshots that all timelines of this model share."""
-        print_of = fingerprint(self.folder, self.dtype)
+        print_of = fingerprint(self.folder, self.dtype, self.config, self.kv_bits)
         disk = Disk(machine.cache_folder() / "snapshots", print_of, self._on_disk) if self._on_disk else None
         limit = memory_limit()
         budget = (
@@ -155,6 +161,8 @@ def load(
     revision: str | None = None,
     quantization: str = "auto",
     dtype: str | mx.Dtype | None = None,
+    context: int | None = None,
+    kv_bits: int | None = None,
     snapshots: str = "0",
     offline: bool = False,
     progress: bool = True,
@@ -165,25 +173,28 @@ def load(
     a recipe (a name, or a file: docs/formats.md) quantizes original weights once and keeps the result in the cache of
     moelocal; "auto" does so with "balanced" or "small" for weights that do not fit this machine's memory. `dtype` of
     activations: "float32", "float16", "bfloat16" or an MLX dtype; None takes the checkpoint's own, or float32 on the
-    CPU device. `snapshots`: a size like "20GB" that states of conversations may take on disk, so that they go on at
-    once after a restart too (they hold what was said: docs/sessions.md); "0" keeps them in memory alone. `offline`:
-    open no connection. `progress`: say on standard error what takes long, on a terminal with a bar.
+    CPU device. `context`: tokens that a conversation may have; more than the model was trained with, up to four times
+    as many, by YaRN, which also makes answers to short prompts a little worse (docs/long-context.md). `kv_bits`: 8 or 4
+    keeps keys and values in so many bits, which takes less memory and changes answers a little (`moelocal evaluate
+    --kv-bits` says how much); None keeps them as they are. `snapshots`: a size like "20GB" that states of conversations
+    may take on disk, so that they go on at once after a restart too (they hold what was said: docs/sessions.md); "0"
+    keeps them in memory alone. `offline`: open no connection. `progress`: say on standard error what takes long, on a
+    terminal with a bar.
 
-    Raises `ModelNotFound`, `ConfigError`, `UnsupportedModel`, `CheckpointError`; `RequestError` for a bad `dtype`, and
-    for weights that do not fit in any way.
+    Raises `ModelNotFound`, `ConfigError`, `UnsupportedModel`, `CheckpointError`; `RequestError` for a bad `dtype`,
+    `context` or `kv_bits`, and for weights that do not fit in any way.
     """
     wanted = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and (not isinstance(wanted, mx.Dtype) or wanted not in _DTYPES.values()):
         raise RequestError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
     # imported here: every import of moelocal would pay for it
     from moelocal.quantize.once import prepared
-    from moelocal.quantize.sizes import parse_size
 
     on_disk = 0 if snapshots == "0" else parse_size(snapshots, "snapshots")
 
     folder = prepared(model, quantization, revision=revision, offline=offline, progress=progress)
     with _layer_bar(progress) as report:
-        decoder = Decoder.open(folder, wanted, report)
+        decoder = Decoder.open(folder, wanted, report, context=context, kv_bits=kv_bits)
     return Model(decoder, folder, "embedded" if model is None else str(model), on_disk)
 
 

@@ -14,7 +14,6 @@ counts as far as memory reaches.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -22,14 +21,16 @@ from typing import Final
 import mlx.core as mx
 
 from moelocal import machine
-from moelocal.cache.layers import capacity
+from moelocal.cache.layers import capacity, group_of, kv_nbytes
 from moelocal.config import AttentionSpec, DeltaNetSpec, DenseSpec, LayerSpec, ModelConfig, MoESpec
 from moelocal.engine.chunks import STRIDE
-from moelocal.errors import ConfigError, ContextOverflow, MemoryOverflow
+from moelocal.errors import ContextOverflow, MemoryOverflow
 from moelocal.formats import arrays_of
 from moelocal.model import Decoder
 from moelocal.ops.attend import BLOCK, fused
+from moelocal.ops.attend_packed import FEW
 from moelocal.ops.op import on_cpu
+from moelocal.units import parse_size, size
 
 SHARE: Final = 0.9
 """Of the machine's memory, where MLX does not say how much the device should take. The rest is for other programs."""
@@ -38,16 +39,6 @@ SAMPLING: Final = 8
 """Float32 rows of the size of the vocabulary that choosing a token takes, the logits included."""
 
 VARIABLE: Final = "MOELOCAL_MEMORY"
-_UNITS: Final = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KIB": 1 << 10,
-    "MIB": 1 << 20,
-    "GIB": 1 << 30,
-}
 
 
 def memory_limit() -> int | None:
@@ -55,10 +46,10 @@ def memory_limit() -> int | None:
 
     `MOELOCAL_MEMORY` ("24GB", "512MiB", or bytes) if it is set; on Metal what the system recommends for the device
     (`max_recommended_working_set_size`); else nine tenths of the memory, on a CUDA device of its own.
-    Raises `ConfigError` if the variable is no size.
+    Raises `RequestError` if the variable is no size.
     """
     if own := os.environ.get(VARIABLE):
-        return _size(own)
+        return parse_size(own, VARIABLE)
     if not on_cpu():
         device = mx.device_info()
         if recommended := int(device.get("max_recommended_working_set_size", 0)):
@@ -66,16 +57,6 @@ def memory_limit() -> int | None:
         if total := int(device.get("total_memory", 0)):
             return int(total * SHARE)
     return int(machine.memory() * SHARE) or None
-
-
-def _size(text: str) -> int:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text.upper())
-    unit = found and _UNITS.get(found[2] if found[2][-1:] == "B" or not found[2] else found[2] + "B")
-    if not found or not unit or float(found[1]) * unit < 1:
-        raise ConfigError(
-            f'{VARIABLE}: expected a size like "24GB", "512MiB" or a number of bytes, got {text!r}'
-        )
-    return int(float(found[1]) * unit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +98,14 @@ class Plan:
         rows = f" in each of {self.rows} rows" if self.rows > 1 else ""
         parts = {"weights": self.weights, "held": self.held, "state": self.states}
         parts |= {"keys and values": self.cache, "work": self.work}
-        each = ", ".join(f"{name} {_gb(nbytes)}" for name, nbytes in parts.items() if nbytes)
+        each = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in parts.items() if nbytes)
         largest = f"the largest context that fits{rows} has {self.largest_context} tokens"
         if not self.largest_context:
             largest = "not even one token fits"
         raise MemoryOverflow(
-            f"a prompt of {self.prompt_tokens} tokens{rows} needs {_gb(self.nbytes)} ({each}), and {_gb(self.limit)} "
+            f"a prompt of {self.prompt_tokens} tokens{rows} needs {size(self.nbytes)} ({each}), and {size(self.limit)} "
             f"are there; {largest}. Shorten the prompt, take a smaller quantization, or allow more with {VARIABLE}"
         )
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**8 else f"{nbytes / 1e6:.2f} MB"
 
 
 def plan(
@@ -139,19 +116,21 @@ def plan(
     max_tokens: int,
     rows: int = 1,
     *,
+    kv_bits: int | None = None,
     held: int = 0,
 ) -> Plan:
-    """The plan of `rows` answers of up to `max_tokens` to prompts of `prompt_tokens`, activations in `dtype`.
+    """The plan of `rows` answers of up to `max_tokens` to prompts of `prompt_tokens`, activations in `dtype`, keys and
+    values in `kv_bits` (None: in `dtype`).
 
     `held`: bytes that stay besides, as snapshots do. Raises `ContextOverflow` for a prompt that leaves no room in the
-    model's context, `ConfigError` for a bad `MOELOCAL_MEMORY`.
+    model's context, `RequestError` for a bad `MOELOCAL_MEMORY`.
     """
     if prompt_tokens >= config.context:
         raise ContextOverflow(
             f"the prompt has {prompt_tokens} tokens, the context {config.context}; shorten it"
         )
     limit = memory_limit()
-    shape = _Shape(config, dtype.size, rows)
+    shape = _Shape(config, dtype.size, rows, kv_bits)
     fixed = weights_nbytes + held + shape.states
 
     def fitting(prompt: int, total: int) -> bool:
@@ -189,10 +168,11 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 class _Shape:
-    """The bytes that a model of `config` works with, for `rows` timelines and activations of `size` bytes."""
+    """The bytes that a model of `config` works with, for `rows` timelines and activations of `size` bytes, keys and
+    values in `kv_bits`."""
 
-    def __init__(self, config: ModelConfig, size: int, rows: int) -> None:
-        self.config, self.size, self.rows = config, size, rows
+    def __init__(self, config: ModelConfig, size: int, rows: int, kv_bits: int | None) -> None:
+        self.config, self.size, self.rows, self.kv_bits = config, size, rows, kv_bits
         # stock operations, of which MLX's CPU device allocates up to a hundred ahead (float32 prompts take NumPy)
         self.ahead = on_cpu() and size < 4
         self.attention = [each.mixer for each in config.layers if isinstance(each.mixer, AttentionSpec)]
@@ -210,10 +190,7 @@ class _Shape:
 
     def keys(self, tokens: int) -> int:
         """Keys and values of one row, in buffers with room for `tokens` positions."""
-        return capacity(tokens) * sum(self._position(spec) for spec in self.attention)
-
-    def _position(self, spec: AttentionSpec) -> int:
-        return 2 * spec.kv_heads * spec.head_dim * self.size
+        return capacity(tokens) * sum(kv_nbytes(spec, self.size, self.kv_bits) for spec in self.attention)
 
     def peak(self, prompt: int, total: int) -> tuple[int, int]:
         """Keys and values, and work, of the larger one: the last chunk of the last prompt, when the other rows have
@@ -238,7 +215,11 @@ class _Shape:
         if isinstance(spec, DeltaNetSpec):
             return 0
         # a buffer that grows, or is still read while it is written to, is there twice
-        twice = capacity(keys) * self._position(spec)
+        twice = capacity(keys) * kv_nbytes(spec, self.size, self.kv_bits)
+        if self.kv_bits is not None and time > FEW:  # spelled out
+            twice += keys * kv_nbytes(spec, self.size, None)
+        elif self.kv_bits is not None:  # scales and biases in float32
+            twice += capacity(keys) * 2 * spec.kv_heads * spec.head_dim // group_of(spec.head_dim) * 2 * 4
         if fused(spec.head_dim):
             return twice
         # scores before and after their softmax, and the mask
@@ -281,7 +262,9 @@ def fit(decoder: Decoder, prompt_tokens: int, max_tokens: int, asked: bool = Tru
     Snapshots are not counted: they give way.
     """
     config = decoder.config
-    made = plan(config, weights_nbytes(decoder), decoder.dtype, prompt_tokens, max_tokens).check()
+    made = plan(
+        *(config, weights_nbytes(decoder), decoder.dtype, prompt_tokens, max_tokens), kv_bits=decoder.kv_bits
+    ).check()
     if asked and made.max_tokens < min(max_tokens, config.context - prompt_tokens):
         import logging  # here: every import of moelocal would pay for it
 
@@ -296,7 +279,7 @@ def fit(decoder: Decoder, prompt_tokens: int, max_tokens: int, asked: bool = Tru
 def batch_nbytes(decoder: Decoder, rows: Sequence[tuple[int, int]]) -> int:
     """Bytes at the peak of a batch: for each row the tokens of its prompt and of prompt and answer together. The
     largest prompt is taken to be read while all other rows have all their tokens."""
-    shape = _Shape(decoder.config, decoder.dtype.size, len(rows))
+    shape = _Shape(decoder.config, decoder.dtype.size, len(rows), decoder.kv_bits)
     longest = max(total for _, total in rows)
     work = [shape.work(1, longest, len(rows)), *(shape.work(min(p, STRIDE), p, 1) for p, _ in rows)]
     keys = sum(shape.keys(total) for _, total in rows)

@@ -10,7 +10,13 @@ from moelocal.engine.chunks import MESSAGE_START, boundaries, cuts
 from moelocal.text.tokenizer import Tokenizer
 
 Cause = Literal[
-    "reasoning dropped", "tools changed", "system prompt changed", "edited", "evicted", "never stored"
+    "reasoning dropped",
+    "tools changed",
+    "system prompt changed",
+    "edited",
+    "evicted",
+    "never stored",
+    "fingerprint",
 ]
 
 _AROUND = 12
@@ -26,7 +32,8 @@ class Miss:
     - "reasoning dropped": the template leaves out what the model thought in an earlier turn;
     - "tools changed", "system prompt changed": a difference before the first message of the user, a date for example;
     - "edited": a message is another one than before;
-    - "evicted": it was stored, and had to make room; "never stored": nothing was kept near the position.
+    - "evicted": it was stored, and had to make room; "never stored": nothing was kept near the position;
+    - "fingerprint": it is on disk, but of other weights, settings or versions, and of no use to these.
     """
 
     position: int
@@ -73,6 +80,12 @@ def explain(
         position, cause = cached, "evicted" if evicted(shared) else "never stored"
     old, new = (_around(tokens, position, tokenizer) for tokens in (before, now))
     return Miss(position, old, new, cause)
+
+
+def foreign(now: Sequence[int], cached: int, tokenizer: Tokenizer | None) -> Miss:
+    """Why only `cached` tokens of `now` were reused where more are on disk under another fingerprint."""
+    text = _around(now, cached, tokenizer)
+    return Miss(cached, text, text, "fingerprint")
 
 
 def _around(tokens: Sequence[int], position: int, tokenizer: Tokenizer | None) -> str:

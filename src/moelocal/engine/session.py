@@ -14,7 +14,7 @@ from moelocal.cache import Cache, Mark
 from moelocal.cache.cache import Chunks
 from moelocal.cache.snapshot import check
 from moelocal.engine.chunks import STRIDE, boundaries, cuts, is_cut
-from moelocal.engine.reuse import Miss, explain
+from moelocal.engine.reuse import Miss, explain, foreign
 from moelocal.errors import RequestError
 
 if TYPE_CHECKING:
@@ -79,7 +79,11 @@ class Session:
             kept = _kept(tokens, model.message_start) | {len(before)}
             return any(model.store.fate(tokens[:p]) == "evicted" for p in kept if cached < p <= shared)
 
-        miss = explain(before, tokens, cached, evicted, model.texts, model.message_start) if before else None
+        if before:
+            miss = explain(before, tokens, cached, evicted, model.texts, model.message_start)
+        else:  # the first of its conversation in this process
+            elsewhere = model.store.elsewhere(tokens[:-1])
+            miss = foreign(tokens, cached, model.texts) if elsewhere > cached else None
         with self._whole():
             self._evaluate(tokens)
         model.remember(self.tokens)

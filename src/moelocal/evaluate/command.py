@@ -14,10 +14,10 @@ from typing import Final
 
 import mlx.core as mx
 
-from moelocal import hub
 from moelocal.errors import RequestError
 from moelocal.evaluate.quality import EDGES, LENGTH, TOKENS, Progress, Quality, Weights, evaluate
 from moelocal.evaluate.statistics import Estimate
+from moelocal.units import size
 
 _DTYPES: Final = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _PICTURES: Final = (".png", ".svg", ".pdf")
@@ -28,7 +28,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `evaluate`."""
     parser.add_argument("model", metavar="MODEL", help="a folder or a Hugging Face name")
     parser.add_argument(
-        "--reference", required=True, metavar="ORIGINAL", help="the original weights: a folder or a name"
+        "--reference",
+        metavar="ORIGINAL",
+        help="the original weights: a folder or a name; needed but with --kv-bits, where the model itself stands in",
+    )
+    parser.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(8, 4),
+        help="keep the model's keys and values, not the reference's, in so many bits",
     )
     parser.add_argument(
         "--text",
@@ -59,13 +67,19 @@ def run(parsed: argparse.Namespace) -> None:
     layer at a time, so that 72 GB of weights fit into a 16 GB machine."""
     if parsed.plot is not None:
         _require_plot(parsed.plot)
+    reference = parsed.reference
+    if reference is None:
+        if parsed.kv_bits is None:
+            raise RequestError("--reference: expected the original weights, got none")
+        reference = parsed.model
     with _bars() as progress:
         quality = evaluate(
             parsed.model,
-            parsed.reference,
+            reference,
             parsed.text,
             tokens=parsed.tokens,
             length=parsed.sequence_length,
+            kv_bits=parsed.kv_bits,
             dtype=_DTYPES.get(parsed.dtype),
             offline=parsed.offline,
             progress=progress,
@@ -88,6 +102,8 @@ def table(quality: Quality) -> Iterator[str]:
     yield f"text       {quality.corpus}: {quality.tokens} tokens to predict in {sequences}"
     yield f"           sha256 {quality.corpus_digest}"
     yield f"computed   in {quality.dtype} on the {quality.device}"
+    if quality.kv_bits is not None:
+        yield f"cache      the model's keys and values in {quality.kv_bits} bits, the reference's as they are"
     yield ""
     yield f"{'':<24}{'value':>10}   95 % interval over sequences"
     too_low = f"nats per token; at most {quality.kl_slack:.0e} too low"
@@ -145,8 +161,8 @@ def _histogram(counts: tuple[int, ...]) -> Iterator[str]:
 def _size(weights: Weights) -> str:
     formats = ", ".join(f"{count} {name}" for name, count in weights.formats)
     return (
-        f"{hub.size(weights.nbytes)}, {weights.bits_per_weight:.2f} bits per weight, "
-        f"{hub.size(weights.read_per_token)} read per token ({formats})"
+        f"{size(weights.nbytes)}, {weights.bits_per_weight:.2f} bits per weight, "
+        f"{size(weights.read_per_token)} read per token ({formats})"
     )
 
 

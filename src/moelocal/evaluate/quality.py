@@ -19,10 +19,12 @@ from moelocal.evaluate.distribution import Scores, joined
 from moelocal.evaluate.reference import Reference, obtain
 from moelocal.evaluate.statistics import Bootstrap, Estimate
 from moelocal.evaluate.walk import Experts, walk
+from moelocal.model import require_kv_bits
 from moelocal.quantize.corpus import Corpus
 from moelocal.quantize.sizes import stored_sizes
 from moelocal.survey import survey
 from moelocal.text.tokenizer import Tokenizer
+from moelocal.units import size
 
 TOKENS: Final = 65_536
 LENGTH: Final = 1024
@@ -67,7 +69,8 @@ class Quality:
     above. `top1`: share of positions with the same likeliest token. `acceptance`: mean of Σ min(p, q), the share of the
     model's tokens that speculative decoding would accept; `acceptance_slack`, by how much it can be too high.
     `router_overlap`: by layer the share of the reference's experts that the model, on its own hidden states, chose too;
-    layers that the two models do not have in common are missing. `parts`: by kind of text.
+    layers that the two models do not have in common are missing. `parts`: by kind of text. `kv_bits`: of the model's
+    keys and values; the reference's are never rounded.
     """
 
     model: Weights
@@ -77,6 +80,7 @@ class Quality:
     sequences: int
     tokens: int
     dtype: str
+    kv_bits: int | None
     device: str
     kl_mean: Estimate
     kl_median: Estimate
@@ -103,6 +107,7 @@ def evaluate(
     reference: str | Path,
     corpus: Corpus | Path | None = None,
     *,
+    kv_bits: int | None = None,
     tokens: int = TOKENS,
     length: int = LENGTH,
     dtype: mx.Dtype | None = None,
@@ -115,7 +120,9 @@ def evaluate(
 
     `corpus`: a `Corpus`, or a file of text (`Corpus.from_file`), or None for the built-in evaluation text, of which
     `tokens` tokens are taken in sequences of at most `length`. `dtype`: of both computations; None takes float32, as
-    rounding to 16 bits moves a figure as much as the choice between good recipes does. `progress(which, done, total)`
+    rounding to 16 bits moves a figure as much as the choice between good recipes does. `kv_bits`: 8 or 4 keeps the keys
+    and values of `model`, not of `reference`, in so many bits; with the same weights for both the divergence is what
+    that costs. `progress(which, done, total)`
     is told "reference" or "model"; `note` gets single lines about the stored reference.
 
     Raises `ModelNotFound`, `ConfigError`, `CheckpointError`, `TokenizerError`, `TemplateError`; `RequestError` for
@@ -131,15 +138,13 @@ def evaluate(
     if not isinstance(corpus, Corpus):
         corpus = _corpus(corpus, folders, tokens, length)
     _require_room(corpus, opened)
+    require_kv_bits(opened[0].config, kv_bits)
     described = [_described(name, folder) for name, folder in zip(names, folders, strict=True)]
     dtype = dtype or mx.float32
 
     kept = obtain(opened[1], corpus, dtype, lambda *at: progress("reference", *at), note)
-    note(
-        f"reference {'taken from' if kept.reused else 'kept in'} {kept.stamp.folder} "
-        f"({hub.size(kept.nbytes)})"
-    )
-    scores, overlaps = _compare(opened[0], kept, corpus, dtype, lambda *at: progress("model", *at))
+    note(f"reference {'taken from' if kept.reused else 'kept in'} {kept.stamp.folder} ({size(kept.nbytes)})")
+    scores, overlaps = _compare(opened[0], kept, corpus, dtype, lambda *at: progress("model", *at), kv_bits)
 
     draws = Bootstrap(len(corpus.sequences))
 
@@ -157,6 +162,7 @@ def evaluate(
         sequences=len(scores),
         tokens=kl.size,
         dtype=kept.stamp.dtype,
+        kv_bits=kv_bits,
         device=kept.stamp.device,
         kl_mean=draws.mean(of("kl")),
         kl_median=median,
@@ -202,9 +208,10 @@ def _compare(
     corpus: Corpus,
     dtype: mx.Dtype,
     report: Callable[[int, int], None],
+    kv_bits: int | None,
 ) -> tuple[list[Scores], list[dict[int, Any]]]:
     """Scores of each sequence, and by layer the share of the reference's experts at each of its positions."""
-    experts, chunks = walk(checkpoint, corpus, dtype, report)
+    experts, chunks = walk(checkpoint, corpus, dtype, report, kv_bits)
     scores: list[Scores] = []
     overlaps: list[dict[int, Any]] = []
     parts: list[Scores] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any, Final
 import mlx.core as mx
 
 from moelocal import metal
-from moelocal.cache import Disk, Store
-from moelocal.engine.batch import Request, generate_batch
+from moelocal.cache import Cache, Disk, Store
+from moelocal.cache.ragged import Rows
+from moelocal.engine.batch import MOST_ROWS, generate_batch
 from moelocal.engine.chunks import boundaries
+from moelocal.engine.generate import Request
 from moelocal.engine.load import Model
 from moelocal.engine.sampling import Sampling
 from moelocal.engine.session import Session
-from moelocal.errors import RequestError
+from moelocal.errors import ContextOverflow, RequestError
 from moelocal.ops.op import force
 from moelocal.text.messages import prepare
 
@@ -64,10 +67,12 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """Behind one prompt: logits float32 [V], tokens of the greedy answer, tokens reused."""
+    """Behind one prompt: logits float32 [V], tokens of the greedy answer, logits that its last token was chosen by,
+    tokens reused."""
 
     logits: mx.array
     answer: tuple[int, ...]
+    ended: mx.array
     reused: int
 
 
@@ -83,11 +88,19 @@ def prompts(model: Model, messages: Sequence[dict[str, Any]]) -> list[list[dict[
 
 
 def verify(model: Model, messages: Sequence[dict[str, Any]] = CONVERSATION) -> Iterator[Way]:
-    """Replay a conversation in every way, and compare each with a cold run. Raises `RequestError`, `TemplateError`."""
+    """Replay a conversation in every way, and compare each with a cold run. Raises `RequestError`, `TemplateError`,
+    `ContextOverflow`."""
     turns = prompts(model, messages)
     tokens = [model.tokenizer.encode(model.template.render(prepare(turn))) for turn in turns]
+    longest = max(map(len, tokens))
+    if longest + ANSWER > model.config.context:
+        raise ContextOverflow(
+            f"conversation: its longest prompt has {longest} tokens, and {ANSWER} more are decoded; the context has "
+            f"{model.config.context}"
+        )
     budget = model.store.budget
-    decoded = DECODED[model.dtype]
+    # a sum in another order may move a number to the next code
+    decoded = max(DECODED[model.dtype], 0.0 if model.kv_bits is None else 2.0**-model.kv_bits)
 
     def fresh(disk: Disk | None = None) -> Model:
         other = Model(model.decoder, model.folder, model.name)
@@ -137,27 +150,24 @@ def verify(model: Model, messages: Sequence[dict[str, Any]] = CONVERSATION) -> I
 
         yield way("from disk, a process for each", 0.0, list(restored()))
 
-    answers = [list(prompt) + list(result.answer) for prompt, result in zip(tokens, cold, strict=True)]
-    read = [fresh().session() for _ in answers]
-    for each, sequence in zip(read, answers, strict=True):
-        each.sync(sequence)
-    yield Way(
-        "decoded against read",
-        len(tokens),
-        sum(map(len, answers)),
-        0,
-        max(
-            _error(_decoded(fresh(), p, r.answer), s.logits)
-            for p, r, s in zip(tokens, cold, read, strict=True)
-        ),
-        decoded,
-        True,
-    )
+    def ends(name: str, found: Sequence[mx.array], equal: bool) -> Way:
+        """Of logits at the ends of the answers of a cold run."""
+        error = max(_error(got, result.ended) for got, result in zip(found, cold, strict=True))
+        count = sum(len(p) + len(r.answer) - 1 for p, r in zip(tokens, cold, strict=True))
+        return Way(name, len(tokens), count, 0, error, decoded, equal)
+
+    read = []
+    for prompt, result in zip(tokens, cold, strict=True):
+        session = fresh().session()
+        session.sync([*prompt, *result.answer[:-1]])
+        read.append(session.logits)
+    chosen = [_likeliest(model, logits) for logits in read]
+    yield ends("decoded against read", read, chosen == [result.answer[-1] for result in cold])
 
     requests = [Request(turn, max_tokens=ANSWER, sampling=Sampling(temperature=0)) for turn in turns]
     together = generate_batch(fresh(), requests)
     equal = [done.tokens == result.answer for done, result in zip(together, cold, strict=True)]
-    yield Way("batched with others", len(tokens), sum(map(len, tokens)), 0, 0.0, 0.0, all(equal))
+    yield ends("batched with others", _in_batches(fresh(), tokens, cold), all(equal))
 
     for form in ("reference", "portable", *(["metal"] if metal.available() else [])):
         with force(form):
@@ -180,26 +190,42 @@ def _behind(session: Session, prompt: list[int]) -> _Result:
     """Sync to a prompt, and decode an answer on a fork, so that the timeline stays at the prompt."""
     reuse = session.sync(prompt)
     logits = session.logits
-    fork, answer = session.fork(), list[int]()
-    allowed = mx.array(session.model.tokenizer.token_mask(session.model.config.vocab))
-    for _ in range(ANSWER):
-        token = mx.argmax(mx.where(allowed, fork.logits, -mx.inf))
-        number = token.item()
-        assert isinstance(number, int)
-        answer.append(number)
-        if answer[-1] in session.model.stop_tokens:
-            break
-        fork.feed(token)
-    return _Result(logits, tuple(answer), reuse.cached)
+    fork, answer = session.fork(), [_likeliest(session.model, logits)]
+    while len(answer) < ANSWER and answer[-1] not in session.model.stop_tokens:
+        answer.append(_likeliest(session.model, fork.feed(mx.array(answer[-1]))))
+    return _Result(logits, tuple(answer), fork.logits, reuse.cached)
 
 
-def _decoded(model: Model, prompt: list[int], answer: Sequence[int]) -> mx.array:
-    """The logits behind a prompt that was read and an answer that was fed token by token."""
-    session = model.session()
-    session.sync(prompt)
-    for token in answer:
-        session.feed(mx.array(token))
-    return session.logits
+def _likeliest(model: Model, logits: mx.array) -> int:
+    """Of the ids that stand for a token: rows of the head beyond those are never sampled."""
+    allowed = mx.array(model.tokenizer.token_mask(model.config.vocab))
+    token = mx.argmax(mx.where(allowed, logits, -mx.inf)).item()
+    assert isinstance(token, int)
+    return token
+
+
+def _in_batches(model: Model, prompts: Sequence[list[int]], cold: Sequence[_Result]) -> list[mx.array]:
+    """The logits at the end of each answer, its tokens fed to `MOST_ROWS` timelines together."""
+    ended: list[mx.array] = []
+    for start in range(0, len(prompts), MOST_ROWS):
+        rows, feeding = Rows(), dict[Cache, deque[int]]()
+        found: dict[Cache, mx.array] = {}
+        for prompt, result in zip(prompts[start : start + MOST_ROWS], cold[start:], strict=False):
+            session = model.session()
+            session.sync(prompt)
+            feeding[session.cache], found[session.cache] = deque(result.answer[:-1]), session.logits
+            rows.join(session.cache)
+        while True:
+            for cache in [cache for cache in rows.caches if not feeding[cache]]:
+                rows.leave(cache)
+            if not rows.caches:
+                break
+            tokens = [[feeding[cache].popleft()] for cache in rows.caches]
+            logits = model.decoder.step_rows(mx.array(tokens), rows)
+            found |= dict(zip(rows.caches, logits[:, 0], strict=True))
+        mx.eval(list(found.values()))
+        ended += found.values()
+    return ended
 
 
 def _error(got: mx.array, expected: mx.array) -> float:

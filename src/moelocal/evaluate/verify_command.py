@@ -27,6 +27,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the computation")
     parser.add_argument(
+        "--context", type=int, metavar="TOKENS", help="the longest conversation, if need be stretched by YaRN"
+    )
+    parser.add_argument(
+        "--kv-bits", type=int, choices=(8, 4), help="keep keys and values in so many bits, on both sides"
+    )
+    parser.add_argument(
         "--offline", action="store_true", help="use what is on this machine; download nothing"
     )
     parser.add_argument(
@@ -38,10 +44,18 @@ def run(parsed: argparse.Namespace) -> None:
     """Replay a conversation warm, forked, rewound, from disk, in a batch and with every form of the operations, and
     compare with cold runs. Exit code 1 if anything differs by more than it may."""
     messages = CONVERSATION if parsed.conversation is None else read(parsed.conversation)
-    model = load(parsed.model, dtype=parsed.dtype, offline=parsed.offline, progress=sys.stderr.isatty())
-    print(f"{'':<30} {'tokens':>7} {'reused':>7} {'error':>9} {'allowed':>9}  answers")
-    ways = []
+    model = load(
+        parsed.model,
+        dtype=parsed.dtype,
+        context=parsed.context,
+        kv_bits=parsed.kv_bits,
+        offline=parsed.offline,
+        progress=sys.stderr.isatty(),
+    )
+    ways: list[Way] = []
     for way in verify(model, messages):
+        if not ways:
+            print(f"{'':<30} {'tokens':>7} {'reused':>7} {'error':>9} {'allowed':>9}  answers")
         ways.append(way)
         print(_row(way), flush=True)
     if parsed.json:

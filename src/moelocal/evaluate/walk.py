@@ -32,7 +32,7 @@ class Chunk:
 
 
 def walk(
-    checkpoint: Checkpoint, corpus: Corpus, dtype: mx.Dtype, report: Report
+    checkpoint: Checkpoint, corpus: Corpus, dtype: mx.Dtype, report: Report, kv_bits: int | None = None
 ) -> tuple[list[Experts], Iterator[Chunk]]:
     """All layers at once, then chunk by chunk the logits of every position that has a next token.
 
@@ -56,7 +56,7 @@ def walk(
 
     with observing(observe):
         states = stream(
-            checkpoint, sequences, dtype, lambda done, _: report(done, (layers + 1) * count), after
+            checkpoint, sequences, dtype, lambda done, _: report(done, (layers + 1) * count), after, kv_bits
         )
 
     def chunks() -> Iterator[Chunk]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from moelocal.cache import AttentionCache
-from moelocal.checkpoint.scope import Scope
+from moelocal.checkpoint.scope import AnyScope
 from moelocal.config import AttentionSpec
-from moelocal.formats import arrays_of
+from moelocal.formats import QuantizedArray, arrays_of, infer_spec
 from moelocal.layers.projection import Projection
 from moelocal.layers.rope import attention_factor, frequencies
 from moelocal.ops.attend import attend
+from moelocal.ops.attend_packed import attend_packed
 from moelocal.ops.linear import linear
 from moelocal.ops.prologue import PrologueWeights, prologue
 
@@ -19,7 +22,9 @@ class Attention:
     """x [B, T, H] -> [B, T, H]. With a gate, q_proj's rows are per head [q D | gate D], and the output of the heads is
     multiplied by σ(gate) before o_proj (transformers, modeling_qwen3_next.py)."""
 
-    def __init__(self, scope: Scope, spec: AttentionSpec, hidden: int, eps: float, dtype: mx.Dtype) -> None:
+    def __init__(
+        self, scope: AnyScope, spec: AttentionSpec, hidden: int, eps: float, dtype: mx.Dtype
+    ) -> None:
         self.spec, self.scale = spec, spec.head_dim**-0.5
         q_rows = spec.heads * spec.head_dim * (2 if spec.gated else 1)
         kv_rows = spec.kv_heads * spec.head_dim
@@ -63,13 +68,32 @@ class Attention:
         padding: mx.array | None,
     ) -> mx.array:
         """Append to the cache and attend over all of it -> gated heads [B, T, Hq·D]."""
-        keys, values = mx.split(cache.append(stored)[:, :, : cache.length], 2)
-        return attend(q, keys, values, self.scale, padding, gate)
+        cache.append(stored)
+        return self._attend(q, cache.part(0, cache.length), padding, gate)
 
-    def attend_step(self, q: mx.array, buffer: mx.array, length: mx.array, gate: mx.array | None) -> mx.array:
-        """The same over the first `length` positions of the buffer of a cache, in shapes that do not grow with it."""
-        keys, values = mx.split(buffer, 2)
-        return attend(q, keys, values, self.scale, None, gate, length)
+    def attend_step(
+        self, q: mx.array, buffers: Sequence[mx.array], length: mx.array, gate: mx.array | None
+    ) -> mx.array:
+        """The same over the first `length` positions of the buffers of a cache, in shapes that do not grow with it."""
+        return self._attend(q, buffers, None, gate, length)
+
+    def _attend(
+        self,
+        q: mx.array,
+        buffers: Sequence[mx.array],
+        padding: mx.array | None,
+        gate: mx.array | None,
+        length: mx.array | None = None,
+    ) -> mx.array:
+        kept = [mx.split(buffer, 2) for buffer in buffers]
+        if len(kept) == 1:
+            ((keys, values),) = kept
+            return attend(q, keys, values, self.scale, padding, gate, length)
+        codes, scales, biases = kept
+        packed, groups = codes[0].shape[-1], scales[0].shape[-1]
+        spec = infer_spec("keys and values", packed, groups, scales[0].dtype, self.spec.head_dim)
+        k, v = (QuantizedArray(codes[i], scales[i], biases[i], spec) for i in range(2))
+        return attend_packed(q, k, v, self.scale, padding, gate, length)
 
     def epilogue(self, heads: mx.array) -> mx.array:
         """Gated heads [B, T, Hq·D] -> [B, T, H]."""

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from moelocal.cache import AttentionCache, LayerCache, RecurrentCache
-from moelocal.checkpoint.scope import Scope
+from moelocal.checkpoint.scope import AnyScope
 from moelocal.config import AttentionSpec, LayerSpec, MoESpec
 from moelocal.layers.attention import Attention
 from moelocal.layers.delta_net import DeltaNet
@@ -20,7 +20,7 @@ from moelocal.ops.norm import rms_norm
 class Block:
     """x [B, T, H] -> [B, T, H], or its last `rows` positions."""
 
-    def __init__(self, scope: Scope, spec: LayerSpec, hidden: int, eps: float, dtype: mx.Dtype) -> None:
+    def __init__(self, scope: AnyScope, spec: LayerSpec, hidden: int, eps: float, dtype: mx.Dtype) -> None:
         self.eps = eps
         self.before_mixer = scope.array("input_layernorm.weight", (hidden,))
         self.before_mlp = scope.array("post_attention_layernorm.weight", (hidden,))
@@ -70,7 +70,7 @@ class Block:
         self, x: mx.array, cache: LayerCache, position: mx.array, length: mx.array, setting: Hashable
     ) -> mx.array:
         """One token per row, [B, 1, H] -> [B, 1, H]: as `__call__`, in functions compiled once per batch size, size of
-        the cache's buffer, and `setting` (`ops.op.setting`).
+        the cache's buffers, and `setting` (`ops.op.setting`).
 
         Position and length (position + 1) are arrays: as numbers they would be constants of the compiled function. The
         write into the cache stays outside: with a position that is an array it takes two launches.
@@ -131,17 +131,17 @@ class Block:
         self,
         x: mx.array,
         q: mx.array,
-        buffer: mx.array,
+        buffers: Sequence[mx.array],
         length: mx.array,
         gate: mx.array | None = None,
     ) -> mx.array:
-        return self._finish(x, self._attend(q, buffer, length, gate))
+        return self._finish(x, self._attend(q, buffers, length, gate))
 
     def _attend(
-        self, q: mx.array, buffer: mx.array, length: mx.array, gate: mx.array | None = None
+        self, q: mx.array, buffers: Sequence[mx.array], length: mx.array, gate: mx.array | None = None
     ) -> mx.array:
         assert isinstance(self.mixer, Attention)
-        return self.mixer.attend_step(q, buffer, length, gate)
+        return self.mixer.attend_step(q, buffers, length, gate)
 
     def _finish(self, x: mx.array, heads: mx.array) -> mx.array:
         assert isinstance(self.mixer, Attention)

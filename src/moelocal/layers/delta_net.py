@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from moelocal.cache import RecurrentCache
-from moelocal.checkpoint.scope import Scope
+from moelocal.checkpoint.scope import AnyScope
 from moelocal.config import DeltaNetSpec
 from moelocal.formats import arrays_of
 from moelocal.layers.projection import Projection
@@ -16,7 +16,7 @@ from moelocal.ops.linear import linear
 class DeltaNet:
     """x [B, T, H] -> [B, T, H], with the recurrent state of its cache carried on."""
 
-    def __init__(self, scope: Scope, spec: DeltaNetSpec, hidden: int, eps: float, dtype: mx.Dtype) -> None:
+    def __init__(self, scope: AnyScope, spec: DeltaNetSpec, hidden: int, eps: float, dtype: mx.Dtype) -> None:
         self.spec, self.dtype = spec, dtype
         values = spec.value_heads * spec.value_dim
         self.inputs = Projection(

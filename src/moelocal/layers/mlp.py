@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from moelocal.checkpoint.scope import Scope
+from moelocal.checkpoint.scope import AnyScope
 from moelocal.config import DenseSpec, MoESpec
 from moelocal.formats import Weight
 from moelocal.layers.projection import fuse
@@ -15,7 +15,7 @@ from moelocal.ops.route import route
 from moelocal.ops.router import RouterWeights, router
 
 
-def _swiglu(scope: Scope, width: int, hidden: int, dtype: mx.Dtype, count: int | None = None) -> SwiGLU:
+def _swiglu(scope: AnyScope, width: int, hidden: int, dtype: mx.Dtype, count: int | None = None) -> SwiGLU:
     gate = scope.matrix("gate_proj", width, hidden, dtype, count)
     up = scope.matrix("up_proj", width, hidden, dtype, count)
     return SwiGLU(fuse([gate, up]), scope.matrix("down_proj", hidden, width, dtype, count))
@@ -24,7 +24,7 @@ def _swiglu(scope: Scope, width: int, hidden: int, dtype: mx.Dtype, count: int |
 class Dense:
     """x, residual [B, T, H] -> residual + down(silu(gate x) ⊙ up x)."""
 
-    def __init__(self, scope: Scope, spec: DenseSpec, hidden: int, dtype: mx.Dtype) -> None:
+    def __init__(self, scope: AnyScope, spec: DenseSpec, hidden: int, dtype: mx.Dtype) -> None:
         self.weights = _swiglu(scope, spec.width, hidden, dtype)
 
     @property
@@ -42,7 +42,7 @@ class MoE:
     """x, residual [B, T, H] -> residual, the chosen experts' weighted sum and the shared expert, added up. The router
     computes in float32."""
 
-    def __init__(self, scope: Scope, spec: MoESpec, hidden: int, dtype: mx.Dtype) -> None:
+    def __init__(self, scope: AnyScope, spec: MoESpec, hidden: int, dtype: mx.Dtype) -> None:
         self.spec = spec
         matrices = [scope.matrix("gate", spec.experts, hidden, None)]
         self.shared: SwiGLU | None = None

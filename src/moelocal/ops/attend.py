@@ -10,6 +10,7 @@ and q stands at the last of those: a compiled step then keeps its shapes while a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import mlx.core as mx
@@ -149,19 +150,28 @@ THREADGROUPS: Final = 256
 COMBINING: Final = 8
 """Simdgroups that add up the blocks of one row. Like the four above not tuned on hardware yet."""
 
-BLOCKS = Kernel(
-    name="attend_block",
-    file="attend",
-    inputs=("q", "k", "v", "length", "scale"),
-    outputs=("partial", "stats"),
-    call="""threadgroup T queries[ROWS * D];
+
+def blocks_kernel(name: str, file: str, k: str, v: str, inputs: tuple[str, ...]) -> Kernel:
+    """The first pass over keys and values that `k` and `v` read, in Metal, from arrays called `inputs`; one of them is
+    called k and has a row for each key."""
+    return Kernel(
+        name=name,
+        file=file,
+        inputs=("q", *inputs, "length", "scale"),
+        outputs=("partial", "stats"),
+        call=f"""threadgroup T queries[ROWS * D];
 threadgroup float weights[TILE * ROWS];
 threadgroup float factors[ROWS];
-attend_block<T, D, ROWS, TILE, SIMDGROUPS>(q, k, v, partial, stats, queries, weights, factors, q_strides, k_strides,
-    v_strides, q_shape[1], q_shape[2], k_shape[1], length, scale, threadgroup_position_in_grid.x,
-    threadgroups_per_grid.x, threadgroup_position_in_grid.y, threadgroup_position_in_grid.z,
-    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);""",
-    strided=True,
+attend_block<T, D, ROWS, TILE, SIMDGROUPS>(q, {k}, {v}, partial, stats, queries, weights, factors, q_strides,
+    q_shape[1], q_shape[2], k_shape[1], length, scale, threadgroup_position_in_grid.x, threadgroups_per_grid.x,
+    threadgroup_position_in_grid.y, threadgroup_position_in_grid.z, simdgroup_index_in_threadgroup,
+    thread_index_in_simdgroup);""",
+        strided=True,
+    )
+
+
+BLOCKS = blocks_kernel(
+    "attend_block", "attend", "plain_rows(k, k_strides)", "plain_rows(v, v_strides)", ("k", "v")
 )
 
 COMBINE = Kernel(
@@ -177,28 +187,29 @@ attend_combine<T, D, SIMDGROUPS, GATED>(partial, stats, gate, out, shared, gate_
 )
 
 
-def metal(
+def in_blocks(
+    kernel: Kernel,
+    template: Mapping[str, int],
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    kept: Sequence[mx.array],
     scale: float,
-    hidden: mx.array | None,
     gate: mx.array | None,
-    length: mx.array | None = None,
+    length: mx.array | None,
 ) -> mx.array:
+    """Both passes. `kept`: [B, Hkv, S, ·], from which `kernel` with this `template` reads keys and values."""
     batch, heads, time, size = q.shape
-    groups, keys = k.shape[1], k.shape[2]
+    groups, keys = kept[0].shape[1:3]
     rows = min(ROWS, _power_of_two(heads // groups * time))
     shares = groups * -(-heads // groups * time // rows)
     blocks = _blocks(keys, shares * batch)
     simdgroups = size // 32 // (COLUMNS if size % (32 * COLUMNS) == 0 else 1)
-    partial, stats = BLOCKS(
-        [q, k, v, mx.array(keys) if length is None else length, mx.array(scale)],
+    partial, stats = kernel(
+        [q, *kept, mx.array(keys) if length is None else length, mx.array(scale)],
         shapes=[(batch, heads, time, blocks, size), (batch, heads, time, blocks, 2)],
         dtypes=[mx.float32, mx.float32],
         grid=(blocks * simdgroups * 32, shares, batch),
         threadgroup=(simdgroups * 32, 1, 1),
-        template={"T": q.dtype, "D": size, "ROWS": rows, "TILE": TILE, "SIMDGROUPS": simdgroups},
+        template={"T": q.dtype, "D": size, "ROWS": rows, "TILE": TILE, "SIMDGROUPS": simdgroups, **template},
     )
     (y,) = COMBINE(
         [partial, stats, q if gate is None else gate],  # q stands in for a gate that is not read
@@ -209,6 +220,18 @@ def metal(
         template={"T": q.dtype, "D": size, "SIMDGROUPS": COMBINING, "GATED": gate is not None},
     )
     return y
+
+
+def metal(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    hidden: mx.array | None,
+    gate: mx.array | None,
+    length: mx.array | None = None,
+) -> mx.array:
+    return in_blocks(BLOCKS, {}, q, (k, v), scale, gate, length)
 
 
 def _power_of_two(count: int) -> int:
@@ -227,6 +250,18 @@ MOST_QUERIES: Final = 8
 """Positions up to which the kernel is meant: one token, or a few that speculation put forward."""
 
 
+def fits(q: mx.array, kv_heads: int, hidden: mx.array | None, gate: mx.array | None) -> bool:
+    """Whether the kernel takes these queries, however keys and values are kept."""
+    return (
+        hidden is None
+        and 0 < q.shape[2] <= MOST_QUERIES
+        and q.shape[3] % 32 == 0
+        and q.shape[3] <= 256
+        and q.shape[1] % kv_heads == 0
+        and (gate is None or gate.dtype == q.dtype)
+    )
+
+
 def supports(
     q: mx.array,
     k: mx.array,
@@ -237,14 +272,10 @@ def supports(
     length: mx.array | None = None,
 ) -> bool:
     return (
-        hidden is None
-        and 0 < q.shape[2] <= MOST_QUERIES
-        and q.shape[3] % 32 == 0
-        and q.shape[3] == k.shape[3] <= 256
+        fits(q, k.shape[1], hidden, gate)
+        and q.shape[3] == k.shape[3]
         and k.shape == v.shape
-        and q.shape[1] % k.shape[1] == 0
         and q.dtype == k.dtype == v.dtype
-        and (gate is None or gate.dtype == q.dtype)
     )
 
 

@@ -21,7 +21,7 @@ from moelocal.quantize.pieces import Plan
 from moelocal.quantize.progress import progress_bar
 from moelocal.quantize.recipe import BUILT_IN, Recipe
 from moelocal.quantize.result import Converted
-from moelocal.quantize.sizes import parse_size
+from moelocal.units import parse_size, size
 
 TOKENS: Final = 65_536
 LENGTH: Final = 2_048
@@ -132,7 +132,7 @@ def _summary(done: Converted) -> str:
     left_out = ", ".join(f"{count} {kind} tensors" for kind, count in done.left_out.items())
     lines = [
         f"{done.folder}: {'was there already' if done.before else 'done'}",
-        f"size         {hub.size(done.nbytes)}, from {hub.size(done.source_nbytes)}",
+        f"size         {size(done.nbytes)}, from {size(done.source_nbytes)}",
         f"left out     {left_out or 'nothing'}",
     ]
     return "\n".join(lines)

@@ -45,6 +45,7 @@ from moelocal.quantize.pieces import (
 from moelocal.quantize.recipe import Recipe
 from moelocal.quantize.result import MANIFEST, WORK, Converted, config_of, copy, finished
 from moelocal.quantize.shards import Shards
+from moelocal.units import size
 
 FORMAT: Final = 1
 """Of journal and result: another number for every change that changes bytes."""
@@ -245,7 +246,7 @@ class _Conversion:
         for folder, nbytes in needed.items():
             if nbytes > (free := shutil.disk_usage(folder).free):
                 raise CheckpointError(
-                    f"{folder}: {hub.size(nbytes)} are needed, but only {hub.size(free)} are free on this disk; free "
+                    f"{folder}: {size(nbytes)} are needed, but only {size(free)} are free on this disk; free "
                     "some space, or choose another one with --to"
                 )
 

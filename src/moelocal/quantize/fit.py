@@ -18,12 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from moelocal import hub
 from moelocal.config import ModelConfig
 from moelocal.errors import RequestError
 from moelocal.formats import QuantSpec
 from moelocal.quantize.recipe import BITS, Plan, Recipe, class_of, layer_of, matrices
 from moelocal.quantize.sizes import packed_nbytes, sizes
+from moelocal.units import size, size_above
 
 Errors = Callable[[str, QuantSpec], float]
 """(path, format) -> what quantizing that matrix so costs, in one unit for all matrices; not below 0."""
@@ -146,8 +146,7 @@ def fit(
     original = sizes(config, shapes, {}, dtype_size).nbytes
     if target >= original:
         raise RequestError(
-            f"target size {hub.size(target)}: the unquantized model has only {hub.size(original)}; "
-            "use it as it is"
+            f"target size {size(target)}: the unquantized model has only {size(original)}; use it as it is"
         )
     grow = target >= sizes(config, shapes, plan, dtype_size).nbytes
     errors = errors or expected_errors(shapes)
@@ -165,8 +164,8 @@ def fit(
     smallest = sizes(config, shapes, plan, dtype_size).nbytes
     if target < smallest:
         raise RequestError(
-            f"target size {hub.size(target)}: the smallest that recipe {recipe.name} can become is "
-            f"{_rounded_up(smallest)}"
+            f"target size {size(target)}: the smallest that recipe {recipe.name} can become is "
+            f"{size_above(smallest)}"
         )
     room = target - smallest
     closed: set[int] = set()
@@ -178,12 +177,6 @@ def fit(
         room -= step.nbytes
         plan.update(dict.fromkeys(step.paths, step.spec))
     return plan
-
-
-def _rounded_up(nbytes: int) -> str:
-    """A size that can be asked for where `nbytes` are needed."""
-    step = 10**7 if nbytes >= 10**9 else 10**5 if nbytes >= 10**6 else 1
-    return hub.size(-(-nbytes // step) * step)
 
 
 def _items(plan: Plan) -> list[tuple[str, ...]]:

@@ -6,27 +6,28 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from moelocal import hub
 from moelocal.config import AttentionSpec, ModelConfig, MoESpec
-from moelocal.errors import RequestError
+from moelocal.errors import ConfigError, RequestError
 from moelocal.quantize.fit import fit
 from moelocal.quantize.recipe import BUILT_IN, Recipe, misfits
 from moelocal.quantize.sizes import (
-    GIB,
     WORKING,
     Memory,
     Part,
     Sizes,
+    cache_per_token,
     context_that_fits,
-    parse_memory,
-    parse_size,
     shapes_of,
     sizes,
     stored_sizes,
 )
 from moelocal.survey import Survey, survey
+from moelocal.units import GIB, parse_memory, parse_size, size
 
 _NAMES = {
     "embedding": "embedding",
@@ -198,6 +199,11 @@ class _Report:
             )
         return "\n".join(lines)
 
+    def _in_bits(self, found: Sizes, kv_bits: int) -> int:
+        """The context that fits with keys and values in so many bits, of weights that fit. Raises `ConfigError`."""
+        per_token = cache_per_token(self.config, self.found.dtype.size, kv_bits)
+        return self._context(replace(found, cache_per_token=per_token)) or 0
+
     def _memory(self, found: Sizes) -> list[str]:
         memory, fits = self.memory, self._context(found)
         subject = "it" if self.then is None else "the result"
@@ -207,6 +213,10 @@ class _Report:
             verdict = f"fits with its whole context of {fits:,} tokens"
         else:
             verdict = f"fits with a context of {fits:,} tokens"
+            with suppress(ConfigError):  # heads of a size that has no codes
+                verdict += (
+                    f" ({self._in_bits(found, 8):,} and {self._in_bits(found, 4):,} with --kv-bits 8 and 4)"
+                )
         return [
             f"Cache: {size(found.cache_per_token)} for each token of context"
             + (f", and {size(found.state)} of states." if found.state else "."),
@@ -294,14 +304,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) ->
         ).rstrip()
         for row in [head, *rows]
     ]
-
-
-def size(nbytes: int) -> str:
-    """Bytes for people: "20.93 GB", "413.2 MB", "20.5 kB", "64 bytes"."""
-    for unit, name, digits in ((1e9, "GB", 2), (1e6, "MB", 1), (1e3, "kB", 1)):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.{digits}f} {name}"
-    return f"{nbytes} bytes"
 
 
 def _count(number: int) -> str:

@@ -16,6 +16,7 @@ from moelocal.quantize.result import MANIFEST
 from moelocal.quantize.shards import SMALL
 from moelocal.quantize.sizes import WORKING, Memory, Sizes, context_that_fits, shapes_of, sizes
 from moelocal.survey import Survey, survey
+from moelocal.units import size
 
 AUTOMATIC: Final = ("balanced", "small")
 """The recipes that are chosen without being asked for, the first that fits."""
@@ -81,15 +82,15 @@ def prepared(
         ):
             if progress:
                 print(
-                    f"{model}: {hub.size(found.nbytes)} of weights do not fit the {hub.size(usable)} that this machine "
-                    f"has for them: quantizing them once to {recipe.name}, {hub.size(then.nbytes)}. "
+                    f"{model}: {size(found.nbytes)} of weights do not fit the {size(usable)} that this machine "
+                    f"has for them: quantizing them once to {recipe.name}, {size(then.nbytes)}. "
                     f"`moelocal inspect {model}` shows other recipes.",
                     file=sys.stderr,
                 )
             return made(recipe)
     raise RequestError(
-        f"{model}: {hub.size(found.nbytes)} of weights, or {hub.size(then.nbytes)} as {recipe.name}, do not fit the "
-        f"{hub.size(usable)} that this machine has for them; take a smaller model, or try it with quantization: none"
+        f"{model}: {size(found.nbytes)} of weights, or {size(then.nbytes)} as {recipe.name}, do not fit the "
+        f"{size(usable)} that this machine has for them; take a smaller model, or try it with quantization: none"
     )
 
 

@@ -7,7 +7,6 @@ prefill chunk and MLX's own buffers stay within what macOS lets the GPU use (`gp
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,38 +15,18 @@ from typing import Final, NamedTuple
 import mlx.core as mx
 
 from moelocal import machine
+from moelocal.cache.layers import kv_nbytes
 from moelocal.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec
 from moelocal.errors import RequestError
 from moelocal.formats import QuantSpec
 from moelocal.quantize.recipe import class_of
 from moelocal.survey import Survey
+from moelocal.units import GIB
 
 WORKING: Final = 1_000_000_000
 """Bytes beside weights, states and cache. An assumption: not measured on a Mac."""
 
-GIB: Final = 1 << 30
 _SHARES: Final = ((24 * GIB, 0.74), (48 * GIB, 0.78), (64 * GIB, 0.81))
-_UNITS: Final = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-                 "KiB": 1 << 10, "MiB": 1 << 20, "GiB": GIB, "TiB": 1 << 40}  # fmt: skip
-
-
-def parse_size(text: str, where: str = "size") -> int:
-    """Bytes of "20.9GB" (1e9), "19.5 GiB" (2^30), "800MB" or "123456" (bytes). Raises `RequestError` that names
-    `where`."""
-    return _parsed(text, where, _UNITS, "20.9GB (1e9 bytes) or 19.5GiB (2^30)")
-
-
-def parse_memory(text: str, where: str = "memory") -> int:
-    """As `parse_size`, but GB means GiB: a Mac "with 24 GB" has 24 x 2^30 bytes. Raises `RequestError`."""
-    return _parsed(text, where, {**_UNITS, "GB": GIB}, "24GB, as a Mac's memory is named")
-
-
-def _parsed(text: str, where: str, units: Mapping[str, int], example: str) -> int:
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
-    factor = units.get(match[2] or "B") if match else None
-    if match is None or factor is None or (number := round(float(match[1]) * factor)) < 1:
-        raise RequestError(f"{where}: expected a size like {example}, got {text!r}")
-    return number
 
 
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -216,13 +195,17 @@ def _read_share(config: ModelConfig, kind: str | None) -> float:
     return 1 / config.vocab if kind == "embedding" and not config.tied else 1.0
 
 
+def cache_per_token(config: ModelConfig, dtype_size: int, kv_bits: int | None = None) -> int:
+    """Bytes of the keys and values of one position, as they are (None) or in `kv_bits`."""
+    mixers = [layer.mixer for layer in config.layers]
+    return sum(kv_nbytes(m, dtype_size, kv_bits) for m in mixers if isinstance(m, AttentionSpec))
+
+
 def _cache(config: ModelConfig, dtype_size: int) -> tuple[int, int]:
-    per_token = state = 0
+    per_token, state = cache_per_token(config, dtype_size), 0
     for layer in config.layers:
         mixer = layer.mixer
-        if isinstance(mixer, AttentionSpec):
-            per_token += 2 * mixer.kv_heads * mixer.head_dim * dtype_size
-        else:
+        if not isinstance(mixer, AttentionSpec):
             state += mixer.value_heads * mixer.value_dim * mixer.key_dim * 4  # float32 whatever the dtype
             state += (mixer.conv_width - 1) * mixer.conv_channels * dtype_size
     return per_token, state

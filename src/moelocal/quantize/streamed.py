@@ -53,11 +53,11 @@ def block_of(checkpoint: Checkpoint, index: int, dtype: mx.Dtype) -> Block:
     return block
 
 
-def forward(block: Block, states: list[mx.array]) -> list[mx.array]:
+def forward(block: Block, states: list[mx.array], kv_bits: int | None = None) -> list[mx.array]:
     """Whole sequences from position 0 through one layer: [1, T, H] each -> the same list, each replaced by its result,
-    evaluated one by one."""
+    evaluated one by one. `kv_bits`: as in `AttentionCache`; every query then reads codes, as it does in a chat."""
     for number, x in enumerate(states):
-        cache = AttentionCache() if isinstance(block.mixer, Attention) else RecurrentCache()
+        cache = AttentionCache(kv_bits) if isinstance(block.mixer, Attention) else RecurrentCache()
         states[number] = block(x, cache, 0, None, None, None)
         mx.eval(states[number])
     return states
@@ -91,6 +91,7 @@ def stream(
     dtype: mx.Dtype,
     report: Report = lambda done, total: None,
     after: After = lambda index, states: None,
+    kv_bits: int | None = None,
 ) -> list[mx.array]:
     """All layers: int32 [T] each -> what goes into `logits`, [1, T, H] each in `dtype`.
 
@@ -102,7 +103,7 @@ def stream(
     for index in range(layers):
         block = block_of(checkpoint, index, dtype)
         for number in range(len(states)):
-            states[number : number + 1] = forward(block, states[number : number + 1])
+            states[number : number + 1] = forward(block, states[number : number + 1], kv_bits)
             _require_finite(checkpoint, f"layer {index}", number, states[number], dtype)
             report(index * len(states) + number + 1, layers * len(states))
         after(index, states)
