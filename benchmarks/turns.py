@@ -253,7 +253,11 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3, help="conversations per context; default: 3")
     parser.add_argument(
-        "--peer-context", type=int, default=CONTEXTS[-1], metavar="N", help="longest context for mlx-lm; 0: none"
+        "--peer-context",
+        type=int,
+        default=CONTEXTS[-1],
+        metavar="N",
+        help="longest context for mlx-lm; 0: none",
     )
     parser.add_argument("--restore", type=Path, help=argparse.SUPPRESS)
     parsed = parser.parse_args()
