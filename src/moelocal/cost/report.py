@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from moelocal import hub
 from moelocal.cost.estimate import Sum, Tally, merged
 from moelocal.cost.local import BreakEven, Local, Machine, cost
 from moelocal.cost.logs import Lines, Logs
+from moelocal.units import size
 
 _ROWS: Final = 20
 """Of a table; the rest is summed in one more row."""
@@ -55,7 +55,7 @@ class Report:
     def _read(self) -> Iterator[str]:
         lines, tally = self.lines, self.tally
         files = "1 file" if len(self.logs.files) == 1 else f"{len(self.logs.files)} files"
-        yield f"read       {files}, {hub.size(self.logs.nbytes)}, {lines.total:,} lines in {self.seconds:.2f} s"
+        yield f"read       {files}, {size(self.logs.nbytes)}, {lines.total:,} lines in {self.seconds:.2f} s"
         counts = lines.counts
         yield (
             f"lines      {counts['read']:,} read, {counts['empty']:,} empty, {counts['malformed']:,} malformed, "
