@@ -1,0 +1,166 @@
+"""The answers that pictures are made from, each kept in a file as it comes: a run that ends early goes on later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from moelocal.errors import RequestError
+
+MOST_NBYTES: Final = 4 << 20
+"""Of a file with somebody else's answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said to a prompt, and what it took.
+
+    `source`: "moelocal", "server" or "file"; `origin`: what exactly gave it (weights, address or name of the file);
+    `quantization`, `finish_reason`, `machine`: empty where nobody says; `seed`, `tokens`, `seconds` and
+    `tokens_per_second` (of the tokens after the first): None there. `settings`: what else the answer depends on.
+    `date`: UTC.
+    """
+
+    key: str
+    model: str
+    source: str
+    origin: str
+    quantization: str
+    prompt: str
+    seed: int | None
+    settings: dict[str, Any]
+    text: str
+    reasoning: str
+    finish_reason: str
+    tokens: int | None
+    seconds: float | None
+    tokens_per_second: float | None
+    machine: str
+    date: str
+
+
+def key(source: str, origin: str, prompt: str, seed: int | None, settings: Mapping[str, Any]) -> str:
+    """What an answer depends on, as sixteen hex digits: the same key, the same answer."""
+    listed = json.dumps([source, origin, prompt, seed, dict(settings)], sort_keys=True)
+    return hashlib.blake2b(listed.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def now() -> str:
+    """The time as ISO 8601, in UTC."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def plain(text: str) -> str:
+    """A text that can be written as UTF-8: halves of surrogate pairs, which JSON can hold, are replaced."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def one_line(name: str) -> str:
+    """A name without line breaks and tabs."""
+    return " ".join(plain(name).split())
+
+
+class Answers:
+    """The answers kept in a folder, by their keys."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, wanted: str) -> Answer | None:
+        """The one with this key, or None. Raises `RequestError` for a file that is not one."""
+        file = self._file(wanted)
+        try:
+            found = json.loads(file.read_text("utf-8"))
+            if set(found) != {field.name for field in fields(Answer)} or found["key"] != wanted:
+                raise ValueError
+            return Answer(**found)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RequestError(f"{file}: cannot be read: {error.strerror}") from None
+        except (ValueError, TypeError):
+            raise RequestError(
+                f"{file}: is no answer of this version; delete it to have it made anew"
+            ) from None
+
+    def keep(self, answer: Answer) -> None:
+        """Write it down. Raises `RequestError` where that fails."""
+        write_whole(self._file(answer.key), json.dumps(asdict(answer), ensure_ascii=False, indent=1).encode())
+
+    def _file(self, wanted: str) -> Path:
+        return self.folder / f"{wanted}.json"
+
+
+def read_files(folder: Path, prompt: str) -> list[Answer]:
+    """Pictures that other models made, as answers to `prompt`: NAME.svg, NAME-seed7.svg, or any name in a folder NAME;
+    also .txt and .md with a whole answer. Raises `RequestError`."""
+    if not folder.is_dir():
+        raise RequestError(f"--svgs {folder}: expected a folder with .svg files")
+    answers = []
+    for file in sorted(each for each in folder.rglob("*") if each.suffix.lower() in (".svg", ".txt", ".md")):
+        if not file.is_file() or any(part.startswith(".") for part in file.relative_to(folder).parts):
+            continue
+        try:
+            with file.open("rb") as stream:
+                content = stream.read(MOST_NBYTES + 1)
+        except OSError as error:
+            raise RequestError(f"{file}: cannot be read: {error.strerror}") from None
+        if len(content) > MOST_NBYTES:
+            raise RequestError(f"{file}: has more than {MOST_NBYTES:,} bytes; a picture has some thousands")
+        name, seed = file.stem, None
+        if found := re.fullmatch(r"(.+?)[-_. ]seed[-_ ]?(\d{1,18})", name, re.IGNORECASE):
+            name, seed = found[1], int(found[2])
+        if file.parent != folder:
+            name = file.relative_to(folder).parts[0]
+        text = content.decode("utf-8", "replace")
+        origin = file.relative_to(folder).as_posix()
+        answers.append(
+            Answer(
+                key=key("file", f"{origin} {hashlib.blake2b(content).hexdigest()}", prompt, seed, {}),
+                model=one_line(name),
+                source="file",
+                origin=plain(origin),
+                quantization="",
+                prompt=prompt,
+                seed=seed,
+                settings={},
+                text=text,
+                reasoning="",
+                finish_reason="",
+                tokens=None,
+                seconds=None,
+                tokens_per_second=None,
+                machine="",
+                date="",
+            )
+        )
+    if not answers:
+        raise RequestError(f"--svgs {folder}: no .svg file in it")
+    return answers
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that the old one or the whole new one is there, whenever the machine stops. Raises
+    `RequestError`."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise RequestError(f"{path}: cannot be written: {error.strerror}") from None
