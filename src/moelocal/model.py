@@ -97,7 +97,8 @@ class Decoder:
     def __call__(self, tokens: mx.array, cache: Cache | None = None, rows: int | None = None) -> mx.array:
         """Evaluate tokens int [B, T] behind what `cache` holds -> logits float32 [B, T, V], or of the last `rows`.
 
-        Raises `RequestError` for tokens of another shape or dtype.
+        Raises `RequestError` for tokens of another shape or dtype, and for a cache whose last evaluation was
+        interrupted.
         """
         if tokens.ndim != 2 or not tokens.size or not mx.issubdtype(tokens.dtype, mx.integer):
             raise RequestError(
@@ -110,6 +111,7 @@ class Decoder:
         valid = None
         if padding is not None:
             valid = mx.arange(cache.position, cache.position + time) >= padding[:, None]
+        cache.begin()
         x = self.embed(tokens)
         last = len(self.blocks) - 1
         for index, (block, layer) in enumerate(zip(self.blocks, cache.layers, strict=True)):
@@ -119,6 +121,7 @@ class Decoder:
 
     def _step(self, tokens: mx.array, cache: Cache) -> mx.array:
         """One token per row, through the compiled form of each block."""
+        cache.begin()
         position, length = mx.array(cache.position), mx.array(cache.position + 1)
         x, now = self.embed(tokens), setting()
         for block, layer in zip(self.blocks, cache.layers, strict=True):
@@ -143,6 +146,7 @@ class Decoder:
             each = zip(mx.split(tokens, count), rows.apart(), strict=True)
             return mx.concatenate([self(token, cache) for token, cache in each])
         layers = rows.together()
+        rows.begin()
         positions = [cache.position for cache in rows.caches]
         position, lengths = mx.array(positions), [mx.array(p + 1) for p in positions]
         x, now = self.embed(tokens), setting()

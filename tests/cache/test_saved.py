@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,14 +17,16 @@ from moelocal.cache.file import Packed, read
 from moelocal.errors import RequestError
 
 TOKENS = np.random.default_rng(8).integers(0, 500, 1000).tolist()
+LOGITS = mx.random.normal((7,))
 
 
 def test_what_was_saved_goes_on(tmp_path: Path):
     path = tmp_path / "session"
     for position in (1, 256, 700):
         cache = made(TOKENS[:position])
-        Store("f", 0).save(path, TOKENS[:position], cache)
-        tokens, loaded = Store("f", 0).load(path)
+        Store("f", 0).save(path, TOKENS[:position], cache, LOGITS)
+        tokens, loaded, logits = Store("f", 0).load(path)
+        assert mx.array_equal(logits, LOGITS)
         assert tokens == TOKENS[:position] and same(loaded, cache) and loaded.chunks == cache.chunks
         for each in (cache, loaded):
             extend(each, TOKENS[:position], TOKENS[position : position + 300])
@@ -39,18 +42,22 @@ def test_what_cannot_be_saved_or_loaded_is_an_error(tmp_path: Path):
         (lambda: store.load(path), f"{path}: cannot be read: No such file or directory"),
         (lambda: store.load(tmp_path), f"{tmp_path}: cannot be read: Is a directory"),
         (
-            lambda: store.save(path / "x", TOKENS[:300], cache),
+            lambda: store.save(path / "x", TOKENS[:300], cache, LOGITS),
             f"{path / 'x'}: cannot be written: No such file or directory",
         ),
         (
-            lambda: store.save(path, TOKENS[:299], cache),
+            lambda: store.save(Path(""), TOKENS[:300], cache, LOGITS),
+            "save: expected the name of a file, got '.'",
+        ),
+        (
+            lambda: store.save(path, TOKENS[:299], cache, LOGITS),
             "snapshot: expected the 300 tokens of the timeline, got 299",
         ),
     ):
         with pytest.raises(RequestError) as caught:
             action()
         assert str(caught.value) == message
-    store.save(path, TOKENS[:300], cache)
+    store.save(path, TOKENS[:300], cache, LOGITS)
     with pytest.raises(RequestError) as caught:
         Store("g", 0).load(path)
     assert str(caught.value) == (
@@ -70,7 +77,7 @@ def test_a_damaged_file_is_an_error_and_nothing_else(place: int, bits: int, cut:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "session"
-        Store("f", 0).save(path, TOKENS[:30], made(TOKENS[:30]))
+        Store("f", 0).save(path, TOKENS[:30], made(TOKENS[:30]), LOGITS)
         content = bytearray(path.read_bytes())
         place %= len(content)
         if cut:
@@ -79,8 +86,9 @@ def test_a_damaged_file_is_an_error_and_nothing_else(place: int, bits: int, cut:
             content[place] ^= bits
         path.write_bytes(content)
         try:
-            tokens, cache = Store("f", 0).load(path)
+            tokens, cache, logits = Store("f", 0).load(path)
         except RequestError as error:
             assert str(error).startswith(f"{path}: damaged, or no saved session: ")
         else:  # a space of the header that became another
             assert bits < 0x30 and not cut and same(cache, made(TOKENS[:30])) and tokens == TOKENS[:30]
+            assert mx.array_equal(logits, LOGITS)

@@ -243,6 +243,8 @@ def without_conv(layers):
 
 def lagging(self, count):
     """The fault: positions stand still."""
+    for cache in self.caches:
+        cache.torn = False
 
 
 _STACKED = ragged._stacked
@@ -533,7 +535,7 @@ def test_a_list_of_requests_has_settings_for_each(model):
     requests = [
         moelocal.Request("Hello!", seed=1, max_tokens=12),
         moelocal.Request("Hello!", seed=2, sampling=moelocal.Sampling(temperature=1.5), max_tokens=30),
-        moelocal.Request("Once upon", raw=True, max_tokens=5, logprobs=2),
+        moelocal.Request("Once upon", raw=True, max_tokens=5, seed=3, logprobs=2),
     ]
     together = moelocal.generate(model, requests)
     for request, done in zip(requests, together, strict=True):

@@ -38,9 +38,12 @@ class Cache:
 
     `chunks` says how they were evaluated: what a layer holds at a position depends, in its last bits, on the chunk that
     the position was evaluated in.
+
+    `torn`: its layers stand at different positions, as they do while tokens are evaluated; still so afterwards if that
+    was interrupted, and then it is good for nothing.
     """
 
-    __slots__ = ("_marks", "chunks", "layers", "padding", "position")
+    __slots__ = ("_marks", "chunks", "layers", "padding", "position", "torn")
 
     def __init__(
         self, config: ModelConfig, padding: Sequence[int] | None = None, kv_bits: int | None = None
@@ -55,6 +58,7 @@ class Cache:
         self.padding = mx.array(list(padding)) if padding is not None and any(padding) else None
         self.position = 0
         self.chunks: list[tuple[int, int]] = []
+        self.torn = False
         self._marks: WeakSet[Mark] = WeakSet()
 
     @classmethod
@@ -62,8 +66,16 @@ class Cache:
         """The timeline without padding whose layers hold what was evaluated in these chunks."""
         cache = cls.__new__(cls)
         cache.layers, cache.padding, cache.chunks, cache._marks = list(layers), None, list(chunks), WeakSet()
-        cache.position = sum(count * size for count, size in cache.chunks)
+        cache.position, cache.torn = sum(count * size for count, size in cache.chunks), False
         return cache
+
+    def begin(self) -> None:
+        """Note that layers are about to evaluate tokens. Raises `RequestError` if that was interrupted before."""
+        if self.torn:
+            raise RequestError(
+                f"cache: the evaluation behind its {self.position} tokens was interrupted; begin with a new one"
+            )
+        self.torn = True
 
     def advance(self, count: int) -> None:
         """Note that `count` more tokens were evaluated by every layer."""
@@ -73,6 +85,7 @@ class Cache:
             self.chunks.append((number + 1, size))
         else:
             self.chunks += (number, size), (1, count)
+        self.torn = False
 
     @property
     def _recurrent(self) -> list[RecurrentCache]:
@@ -94,6 +107,7 @@ class Cache:
                 f"rewind: this timeline of {self.position} tokens has no such mark at {mark.position}: it is another "
                 "timeline's, or was left behind by a rewind to before it"
             )
+        self.begin()
         for layer in self.layers:
             if isinstance(layer, AttentionCache):
                 layer.cut(mark.position)
@@ -106,12 +120,13 @@ class Cache:
             if kept:
                 self.chunks.append((kept, size))
         self._marks = WeakSet(each for each in self._marks if each.position <= mark.position)
+        self.torn = False
 
     def fork(self) -> Cache:
         """A timeline that goes on from here on its own. Keys and values are shared until one of both is written to;
         MLX then copies them for the one."""
         other = Cache.of([layer.fork() for layer in self.layers], self.chunks)
-        other.padding, other._marks = self.padding, WeakSet(self._marks)
+        other.padding, other._marks, other.torn = self.padding, WeakSet(self._marks), self.torn
         return other
 
     @property

@@ -38,6 +38,11 @@ class Rows:
         self.apart()
         self.caches.remove(cache)
 
+    def begin(self) -> None:
+        """Note that layers are about to evaluate tokens of every row."""
+        for cache in self.caches:
+            cache.begin()
+
     def advance(self, count: int) -> None:
         """Note that `count` more tokens of every row were evaluated."""
         for cache in self.caches:

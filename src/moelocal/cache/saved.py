@@ -25,14 +25,17 @@ def _names(bits: int | None) -> tuple[str, ...]:
     return ("stored",) if bits is None else ("codes", "scales", "biases")
 
 
-def save(path: Path, fingerprint: str, tokens: Sequence[int], cache: Cache) -> None:
-    """Write a timeline and its `tokens` to `path`, atomically. `fingerprint`: as for `Store`.
+def save(path: Path, fingerprint: str, tokens: Sequence[int], cache: Cache, logits: mx.array) -> None:
+    """Write a timeline, its `tokens` and the logits behind them, float32 [V], to `path`, atomically. `fingerprint`: as
+    for `Store`.
 
     Raises `RequestError` if the cache has padding or several rows, does not stand behind `tokens`, or if the file
     cannot be written.
     """
     check(tokens, cache)
-    arrays: dict[str, mx.array] = {}
+    if not path.name:
+        raise RequestError(f"save: expected the name of a file, got {str(path)!r}")
+    arrays: dict[str, mx.array] = {"logits": copy(logits)}
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, AttentionCache):
             kept = zip(_names(layer.bits), layer.part(0, cache.position), strict=True)
@@ -54,8 +57,8 @@ def save(path: Path, fingerprint: str, tokens: Sequence[int], cache: Cache) -> N
         raise RequestError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def load(path: Path, fingerprint: str) -> tuple[list[int], Cache]:
-    """The tokens and the timeline that `save` wrote.
+def load(path: Path, fingerprint: str) -> tuple[list[int], Cache, mx.array]:
+    """The tokens, the timeline and the logits that `save` wrote.
 
     Raises `RequestError` if the file cannot be read, is damaged or no such file, or has another fingerprint.
     """
@@ -83,5 +86,6 @@ def load(path: Path, fingerprint: str) -> tuple[list[int], Cache]:
         else:
             layers.append(RecurrentCache(content[f"{index}.conv"].array(), content[f"{index}.state"].array()))
     cache = Cache.of(layers, [(number, size) for number, size in json.loads(metadata["chunks"])])
-    mx.eval(cache.arrays)
-    return tokens, cache
+    logits = content["logits"].array()
+    mx.eval(cache.arrays, logits)
+    return tokens, cache, logits

@@ -73,6 +73,8 @@ class Snapshot:
 
 def check(tokens: Sequence[int], cache: Cache) -> None:
     """Raises `RequestError` for what no snapshot is taken of."""
+    if cache.torn:
+        raise RequestError("snapshot: an evaluation of this timeline was interrupted")
     if not tokens or cache.position != len(tokens):
         raise RequestError(
             f"snapshot: expected the {cache.position} tokens of the timeline, got {len(tokens)}"

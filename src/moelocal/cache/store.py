@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
+import mlx.core as mx
+
 from moelocal.cache.cache import Cache
 from moelocal.cache.disk import Accept, Disk
 from moelocal.cache.keys import Chain
@@ -45,6 +47,7 @@ class Store:
         self.fingerprint, self.budget, self.disk = fingerprint, budget, disk
         self.counts: Counter[str] = Counter()
         self.nbytes = 0
+        self._room: int | None = None
         self._snapshots: OrderedDict[str, Snapshot] = OrderedDict()
         self._positions: Counter[int] = Counter()
         self._segments: dict[str, Segment] = {}
@@ -99,7 +102,7 @@ class Store:
             self._remove(key)
         if key not in self._snapshots:
             own, each = sizes(cache)
-            if own + each * len(links) > self.budget:
+            if own + each * len(links) > self._most:
                 self.counts["too large"] += 1
                 self._lose(key, "refused")
                 if keep and self.disk:  # what is there already need not be copied
@@ -126,19 +129,19 @@ class Store:
             return None
         snapshot, segments = read
         self.counts["disk"] += 1
-        if snapshot.nbytes + sum(s.nbytes for s in segments) <= self.budget:
+        if snapshot.nbytes + sum(s.nbytes for s in segments) <= self._most:
             with self._held(snapshot.links) as held:
                 fresh = {x: s for x, s in zip(snapshot.links, segments, strict=True) if x not in held}
                 self._make_room(snapshot.nbytes + sum(s.nbytes for s in fresh.values()))
                 self._add(snapshot, fresh)
         return snapshot.restore(segments)
 
-    def save(self, path: Path, tokens: Sequence[int], cache: Cache) -> None:
+    def save(self, path: Path, tokens: Sequence[int], cache: Cache, logits: mx.array) -> None:
         """Write a timeline into a file of its own; see `saved.save`."""
-        save(path, self.fingerprint, tokens, cache)
+        save(path, self.fingerprint, tokens, cache, logits)
 
-    def load(self, path: Path) -> tuple[list[int], Cache]:
-        """Tokens and timeline of such a file; see `saved.load`."""
+    def load(self, path: Path) -> tuple[list[int], Cache, mx.array]:
+        """Tokens, timeline and logits of such a file; see `saved.load`."""
         return load(path, self.fingerprint)
 
     def drop(self, found: Found) -> None:
@@ -147,6 +150,15 @@ class Store:
             self._remove(found.key)
         if self.disk:
             self.disk.drop(found.chain, found.position)
+
+    def give_way(self, room: int) -> None:
+        """Hold at most `room` bytes until this is called again, if that is less than the budget."""
+        self._room = max(room, 0)
+        self._make_room(0)
+
+    @property
+    def _most(self) -> int:
+        return self.budget if self._room is None else min(self.budget, self._room)
 
     def clear(self) -> None:
         """Forget all snapshots in memory."""
@@ -160,7 +172,7 @@ class Store:
             self.disk.close()
 
     def _make_room(self, nbytes: int) -> None:
-        while self._snapshots and self.nbytes + nbytes > self.budget:
+        while self._snapshots and self.nbytes + nbytes > self._most:
             key = next(iter(self._snapshots))
             self._remove(key)
             self.counts["evicted"] += 1

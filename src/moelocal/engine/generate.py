@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, TypedDict, Unpack, cast, overload
 
@@ -20,7 +20,7 @@ from moelocal.engine.load import Model
 from moelocal.engine.plan import fit
 from moelocal.engine.sampling import BAD_LOGITS, Sampler, Sampling, log_probabilities
 from moelocal.engine.session import Reuse, Session
-from moelocal.errors import ContextOverflow, NumericsError, RequestError, TemplateError
+from moelocal.errors import ContextOverflow, MemoryOverflow, NumericsError, RequestError, TemplateError
 from moelocal.text.answer import AnswerParser, Delta, ends_inside_thinking
 from moelocal.text.detokenizer import Detokenizer
 from moelocal.text.messages import prepare, prepare_tools
@@ -131,22 +131,25 @@ def stream(
     session = model if isinstance(model, Session) else model.session()
     model = session.model
     answer, sampler, most, allowed = _prepared(
-        model, prompt, started, max_tokens, sampling, stop, seed, thinking, tools, logprobs, raw
+        *(model, prompt, started, max_tokens, sampling, stop, seed, thinking, tools, logprobs, raw),
+        held=model.held(session),
     )
 
     def events() -> Generator[Event, None, None]:
         mx.reset_peak_memory()
         answer.reuse = session.sync(answer.prompt)
         done = None
-        with closing(_steps(session, sampler, most, logprobs, allowed)) as steps:
+        with session.answering(), closing(_steps(session, sampler, most, logprobs, allowed)) as steps:
             for event in answer.events(steps):
                 done = event.completion
                 yield event
         if lasting and not raw and done is not None and done.finish_reason != "length":
             following = _following(model, prompt, done, thinking, tools)
             if following:
-                session.sync(following)
-                session.keep()
+                # the answer is there already: what is too long for the context or memory is read when it is needed
+                with suppress(ContextOverflow, MemoryOverflow):
+                    session.sync(following)
+                    session.keep()
 
     return events()
 
@@ -163,9 +166,10 @@ def _prepared(
     tools: Sequence[Mapping[str, Any]] | None,
     logprobs: int | None,
     raw: bool,
+    held: int = 0,
 ) -> tuple[_Answer, Sampler, int, mx.array]:
     """A request, checked: what collects its answer, what draws it, its most tokens, and the tokens there are, bool [V].
-    Arguments and errors as of `stream`."""
+    Arguments and errors as of `stream`; `held`: bytes of other timelines."""
     if logprobs is not None and (not isinstance(logprobs, int) or isinstance(logprobs, bool) or logprobs < 0):
         raise RequestError(f"logprobs: expected an integer from 0, or None, got {logprobs!r}")
     tokens, parser = _read(model, prompt, stop, thinking, tools, raw)
@@ -183,7 +187,7 @@ def _prepared(
     mask = model.tokenizer.token_mask(model.config.vocab)
     sampler = Sampler(sampling or model.defaults, token_mask=mask, seed=seed, prompt=tokens)
     answer = _Answer(tokens, Detokenizer(model.tokenizer), parser, model.stop_tokens, started)
-    most = fit(model.decoder, len(tokens), min(max_tokens, room), asked=asked)
+    most = fit(model.decoder, len(tokens), min(max_tokens, room), asked=asked, held=held)
     return answer, sampler, most, mx.array(mask)
 
 
@@ -269,7 +273,7 @@ class _Step:
 def _steps(
     session: Session, sampler: Sampler, most: int, logprobs: int | None, mask: mx.array
 ) -> Generator[_Step, None, None]:
-    """Up to `most` tokens, each handed out when the step after it is already queued. Closing it notes what was fed."""
+    """Up to `most` tokens, each handed out when the step after it is already queued."""
 
     def choose(logits: mx.array) -> _Step:
         token = sampler(logits)
@@ -278,17 +282,12 @@ def _steps(
         mx.async_eval(*step.arrays)  # type: ignore[no-untyped-call]  # MLX has no annotation for it
         return step
 
-    step, queued = choose(session.logits), 0
-    fed: list[int] = []
-    try:
-        for _ in range(most - 1):
-            following, queued = choose(session.feed(step.token)), queued + 1
-            yield step
-            fed.append(step.number)  # the reader waited for it
-            step = following
+    step = choose(session.logits)
+    for _ in range(most - 1):
+        following = choose(session.feed(step.token))
         yield step
-    finally:
-        session.fed([*fed, step.number][:queued])
+        step = following
+    yield step
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
+from weakref import WeakSet
 
 import mlx.core as mx
 
@@ -19,11 +20,11 @@ from moelocal.cache import Cache, Disk, Store
 from moelocal.config import ModelConfig
 from moelocal.engine.chunks import MESSAGE_START, boundaries, message_start
 from moelocal.engine.fingerprint import fingerprint
-from moelocal.engine.plan import memory_limit, weights_nbytes
+from moelocal.engine.plan import memory_limit, plan, weights_nbytes
 from moelocal.engine.reuse import common
 from moelocal.engine.sampling import Sampling
 from moelocal.engine.session import Session
-from moelocal.errors import RequestError, TokenizerError
+from moelocal.errors import ContextOverflow, RequestError, TokenizerError
 from moelocal.model import Decoder
 from moelocal.text.generation_config import GenerationDefaults
 from moelocal.text.template import ChatTemplate
@@ -51,6 +52,7 @@ class Model:
     def __init__(self, decoder: Decoder, folder: Path, name: str, snapshots: int = 0) -> None:
         self.decoder, self.folder, self.name, self._on_disk = decoder, folder, name, snapshots
         self._recent: deque[list[int]] = deque(maxlen=RECENT)
+        self._sessions: WeakSet[Session] = WeakSet()
 
     @property
     def config(self) -> ModelConfig:
@@ -90,7 +92,35 @@ class Model:
 
     def session(self) -> Session:
         """A timeline that goes on from call to call, with `fork`, `rewind`, `save`."""
-        return Session(self)
+        session = Session(self)
+        self._sessions.add(session)
+        return session
+
+    @cached_property
+    def _weights(self) -> int:
+        return weights_nbytes(self.decoder)
+
+    def held(self, but: Session) -> int:
+        """Bytes of all timelines of this model's sessions but one."""
+        return sum(session.cache.nbytes for session in self._sessions if session is not but)
+
+    def make_room(self, session: Session, count: int, *, refuse: bool = True) -> None:
+        """See to it that the timeline of a session fits into memory with `count` tokens: snapshots give way.
+
+        Raises `ContextOverflow` for more than the context, `MemoryOverflow` (with `refuse`) where it cannot fit.
+        """
+        context = self.config.context
+        if count > context:
+            raise ContextOverflow(f"{count} tokens, the context of {self.name} has {context}; shorten them")
+        made = plan(
+            *(self.config, self._weights, self.dtype, min(count, context - 1), 1),
+            kv_bits=self.kv_bits,
+            held=self.held(session),
+        )
+        if refuse:
+            made.check()
+        if made.limit is not None:
+            self.store.give_way(made.limit - made.nbytes)
 
     @cached_property
     def store(self) -> Store:
@@ -98,9 +128,7 @@ class Model:
         print_of = fingerprint(self.folder, self.dtype, self.config, self.kv_bits)
         disk = Disk(machine.cache_folder() / "snapshots", print_of, self._on_disk) if self._on_disk else None
         limit = memory_limit()
-        budget = (
-            1 << 30 if limit is None else min(limit // SHARE, (limit - weights_nbytes(self.decoder)) // 2)
-        )
+        budget = 1 << 30 if limit is None else min(limit // SHARE, (limit - self._weights) // 2)
         return Store(print_of, max(budget, 0), disk)
 
     @cached_property
@@ -115,6 +143,23 @@ class Model:
             return self.tokenizer
         except TokenizerError:
             return None
+
+    def behind_question(self, tokens: Sequence[int]) -> int | None:
+        """Where the last message of the user ends, results of tools apart; None where it cannot be told. What follows
+        a template may render otherwise when the user has spoken again."""
+        ends = boundaries(tokens, self.message_start)
+        for first, last in reversed(list(pairwise([0, *ends]))):
+            begin = (
+                ""
+                if self.texts is None
+                else self.texts.decode(tokens[first : first + 12], skip_special=False)
+            )
+            question = f"{MESSAGE_START}user"
+            if begin.startswith(question) and not begin[len(question) :].lstrip().startswith(
+                "<tool_response>"
+            ):
+                return last
+        return None
 
     def remember(self, tokens: Sequence[int]) -> None:
         """Note a timeline, to say later where another one left it."""
