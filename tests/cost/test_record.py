@@ -22,7 +22,9 @@ def test_generate_adds_a_line_for_each_answer(tmp_path, capsys, extra):
         [{"role": "user", "content": "Hello!"}],
         [{"role": "user", "content": "What is 2 + 2?"}],
     ]
-    assert all(line["model"] == "embedded" and line["completion"]["usage"]["completion"] <= 8 for line in lines)
+    assert all(
+        line["model"] == "embedded" and line["completion"]["usage"]["completion"] <= 8 for line in lines
+    )
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
     capsys.readouterr()
     assert main(["cost", str(log), "--json"]) == 0
@@ -35,7 +37,10 @@ def test_the_chat_adds_whole_conversations(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"My name is Ada.\nWhat is my name?\n")))
     assert main(["chat", "--max-tokens", "8", "--no-thinking", "--log", str(log)]) == 0
     lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-    assert [[m["role"] for m in line["messages"]] for line in lines] == [["user"], ["user", "assistant", "user"]]
+    assert [[m["role"] for m in line["messages"]] for line in lines] == [
+        ["user"],
+        ["user", "assistant", "user"],
+    ]
     assert lines[1]["messages"][1]["content"] == lines[0]["completion"]["text"]
 
 

@@ -1,0 +1,306 @@
+"""benchmarks/scale.py: work is counted exactly, exponents are what they say, both programs do the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import growth  # noqa: E402
+import scale  # noqa: E402
+import scale_report  # noqa: E402
+import sides  # noqa: E402
+import synthetic  # noqa: E402
+
+from moelocal.bench import results  # noqa: E402
+from moelocal.bench.header import Header, Identity  # noqa: E402
+from moelocal.bench.peers import SideFailed  # noqa: E402
+from moelocal.config import ModelConfig  # noqa: E402
+
+TINY = {"layers": 4, "hidden": 64, "vocab": 96, "heads": 4, "kv_heads": 2, "head_dim": 32, "key_heads": 1,
+        "value_heads": 2, "key_dim": 32, "value_dim": 32, "experts": 8, "per_token": 2, "width": 64,
+        "shared_width": 64, "context": 512}  # fmt: skip
+
+HEADER = Header(
+    machine="some-chip", chip="Some Chip", cores=2, memory=24 << 30, bandwidth=3e10, power="unknown",
+    system="Linux", python="3.11", mlx="0.32.4", device="cpu (x86_64)", moelocal="0123456789ab",
+    date="2026-01-02T03:04:05Z", command="python benchmarks/scale.py",
+)  # fmt: skip
+
+
+def config(**changes: int) -> ModelConfig:
+    return ModelConfig.parse(synthetic.shape("flagship", TINY | changes))
+
+
+# work
+
+
+def test_work_is_that_of_the_matrices_that_a_token_passes():
+    # by hand: attention q with gate, k, v, o; delta net qkv, z, b, a, convolution, out; experts, shared, gates
+    attention = 64 * 256 + 2 * 64 * 64 + 128 * 64
+    delta = 64 * 128 + 64 * 64 + 2 * 64 * 2 + 128 * 4 + 64 * 64
+    mlp = 64 * 8 + 2 * 3 * 64 * 64 + 3 * 64 * 64 + 64
+    state, head = 4 * 2 * 32 * 32, 96 * 64
+    layers = attention + 3 * (delta + state) + 4 * mlp
+    assert growth.decode_work(config(), 99) == layers + head + 2 * 4 * 32 * 100
+    # a prompt of 9 tokens sees 1 to 9 positions, 5 on average, and asks for the head once
+    assert growth.prefill_work(config(), 9) == layers + head / 9 + 2 * 4 * 32 * 5
+
+
+def test_work_grows_with_what_a_token_uses_and_not_with_what_is_there():
+    more, base = growth.decode_work(config(experts=16), 0), growth.decode_work(config(), 0)
+    assert more - base == 4 * 8 * 64  # the routers' rows
+    twice = growth.decode_work(config(layers=8), 0) - 96 * 64
+    assert twice == 2 * (base - 96 * 64)
+
+
+# exponents
+
+
+@given(slope=st.floats(-3, 3), factor=st.floats(1e-3, 1e3), count=st.integers(2, 8))
+def test_the_exponent_of_a_power_law_is_found(slope, factor, count):
+    x = [2.0**i for i in range(count)]
+    found = growth.exponent(x, [[factor * each**slope] * 2 for each in x])
+    # logarithms of numbers up to 1e9 are exact to 1e-14, differences over at least ln 2
+    assert found.value == pytest.approx(slope, abs=1e-12)
+    assert found.low is not None and found.high is not None
+    assert found.high - found.low < 1e-10
+
+
+def test_the_interval_holds_the_true_exponent_in_19_of_20_cases():
+    random = np.random.default_rng(1)
+    x = [1.0, 2.0, 4.0, 8.0]
+    held = 0
+    for _ in range(2000):
+        noise = random.normal(0, 0.1, (4, 3))
+        found = growth.exponent(x, [list(each**0.5 * np.exp(n)) for each, n in zip(x, noise, strict=True)])
+        held += found.low < 0.5 < found.high
+    # 0.95 within 4 standard deviations of a share of 2,000
+    assert abs(held / 2000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)
+
+
+def test_two_measurements_have_no_interval():
+    assert growth.exponent([1, 10], [[1.0], [100.0]]) == growth.Estimate(pytest.approx(2.0), None, None)
+
+
+# rows, and what is made of them
+
+
+def run(prompt: int, first: float, decode: float, chosen: tuple[int, ...], nbytes: int = 10**6) -> sides.Run:
+    return sides.Run(prompt, 3, first, decode, chosen, nbytes, 2 * nbytes)
+
+
+@pytest.fixture
+def measured() -> scale.Measured:
+    """Two points of two rounds: ours reads 100 and 200 tokens/s; theirs half as many. Theirs
+    once chooses another token."""
+    axis = scale.Axis("context", "small", (scale.Point(10, TINY, 10), scale.Point(40, TINY, 40)), 3, 1.0)
+    model, key = Identity("tiny", "4 bits", 1000, "abc"), axis.points[0].key
+    same, other = (1, 2, 3), (1, 2, 4)
+    runs = {
+        (10, "moelocal"): [run(10, 0.1, 0.02, same), run(10, 0.05, 0.02, same)],
+        (10, "mlx-lm"): [run(10, 0.2, 0.04, same), run(10, 0.1, 0.01, other)],
+        (40, "moelocal"): [run(40, 0.4, 0.04, same, 5 * 10**6), run(40, 0.2, 0.04, same)],
+        (40, "mlx-lm"): [run(40, 0.8, 0.08, same), run(40, 0.4, 0.08, same)],
+    }
+    return scale.Measured(axis, {key: config()}, {key: model}, runs)
+
+
+def test_rows_have_every_figure(measured):
+    pytest.importorskip("mlx_lm")
+    rows = {(row.program.split()[0] if row.unit != "ratio" else ":", row.setting, row.figure): row
+            for row in measured.rows(HEADER)}  # fmt: skip
+    at = "axis=context context=10"
+    prefill = rows["moelocal", at, "prefill"]
+    assert (prefill.value, prefill.low, prefill.high, prefill.count) == (150.0, 100.0, 200.0, 2)
+    ratio = rows[":", at, "decode ratio"]
+    # pairs of 2 and 1/2; drawn twice with replacement: both of the one, both of the other, one of each
+    assert (ratio.value, ratio.low, ratio.high) == (
+        pytest.approx(1.0),
+        pytest.approx(0.5),
+        pytest.approx(2.0),
+    )
+    assert ratio.count == 2
+    assert ratio.remark == "same greedy choice: 5 of 6"
+    assert rows["work", at, "decode work"].value == growth.decode_work(config(), 11.5)
+    assert rows["moelocal", "axis=context context=40", "resident memory"].value == 10**7
+    slope = rows["moelocal", "axis=context", "prefill cost"]
+    assert slope.value == pytest.approx(0.0, abs=1e-12)  # as many tokens a second at both
+    excess = rows["moelocal", "axis=context", "prefill excess"]
+    assert excess.value == pytest.approx(-rows["work", "axis=context", "prefill cost"].value)
+
+
+def test_rows_survive_the_file_and_are_told_and_drawn(measured, tmp_path, capsys):
+    pytest.importorskip("mlx_lm")
+    pytest.importorskip("matplotlib")
+    results.append(tmp_path, measured.rows(HEADER))
+    rows = scale_report.last_run(results.read(tmp_path / "some-chip.tsv"))
+    assert len(rows) == len(list(measured.rows(HEADER)))
+    found = scale_report.summary(rows)
+    assert found["ratio"]["context"]["40"]["decode"] == [2.0, 2.0, 2.0]
+    assert found["agree"] == round(22 / 24, 5)
+    assert found["memory"]["MLX memory"]["moelocal"] == {"10": 10**6, "40": 3 * 10**6}
+    assert set(found["exponents"]["context"]["prefill cost"]) == {"moelocal", "mlx-lm", "work"}
+    scale_report.show(HEADER, rows)
+    assert "exponents over context" in capsys.readouterr().out
+    scale_report.draw(rows, tmp_path / "images")
+    pictures = sorted((tmp_path / "images").iterdir())
+    assert [path.name for path in pictures] == ["scale-context.png", "scale-memory.png"]
+    assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in pictures)
+
+
+def test_the_last_run_can_be_drawn_again(measured, tmp_path):
+    pytest.importorskip("mlx_lm")
+    pytest.importorskip("matplotlib")
+    results.append(tmp_path, measured.rows(HEADER))
+    assert scale.main(["--redraw", "--results", str(tmp_path), "--images", str(tmp_path / "images")]) == 0
+    names = [path.name for path in sorted((tmp_path / "images").iterdir())]
+    assert names == ["scale-context.png", "scale-memory.png"]
+
+
+def test_the_last_run_is_the_latest_one(measured):
+    pytest.importorskip("mlx_lm")
+    import dataclasses
+
+    later = dataclasses.replace(HEADER, date="2026-02-02T03:04:05Z")
+    rows = [*measured.rows(later), *measured.rows(HEADER)]
+    assert {row.header.date for row in scale_report.last_run(rows)} == {later.date}
+    assert scale_report.last_run(rows, "slice") == []
+
+
+# the two sides
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    to = tmp_path_factory.mktemp("scale") / "tiny"
+    return synthetic.write(synthetic.shape("flagship", TINY), to, synthetic.recipe_of(None, 4, 32)).folder
+
+
+def test_ours_runs_in_its_own_process(folder):
+    with sides.Side("moelocal", folder) as side:
+        first, again = side.run(40, 5, seed=3), side.run(40, 5, seed=3)
+        other = side.run(40, 5, seed=4)
+    assert (first.prompt, first.decode, len(first.chosen)) == (40, 5, 5)
+    assert first.chosen == again.chosen != other.chosen
+    assert first.first_seconds > 0 and first.decode_seconds > 0
+    assert first.prefill_rate == 40 / first.first_seconds and first.decode_rate == 4 / first.decode_seconds
+    assert folder.joinpath("model.safetensors").stat().st_size < first.mlx_nbytes < first.resident_nbytes
+
+
+def test_the_process_of_mlx_lm_does_not_import_moelocal():
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import sides; print('moelocal' in sys.modules)"
+    command = [sys.executable, "-c", script, str(ROOT / "benchmarks")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_process_that_fails_says_so(tmp_path):
+    with pytest.raises(SideFailed) as error:
+        sides.Side("moelocal", tmp_path / "nothing")
+    assert re.fullmatch(
+        rf"moelocal: ended with status 1: moelocal\.errors\.ModelNotFound: {tmp_path}/nothing.*",
+        str(error.value),
+    )
+
+
+def test_a_process_that_the_system_ended_is_named(folder):
+    with sides.Side("moelocal", folder) as side:
+        side._process.kill()
+        side._process.wait()
+        with pytest.raises(SideFailed) as error:
+            side.run(4, 2, seed=0)
+    assert str(error.value) == "moelocal: ended by the system, as happens where memory is short"
+
+
+def test_the_resident_set_is_not_that_of_the_parent():
+    # ru_maxrss would be: it survives execve
+    script = (
+        "import subprocess, sys; sys.path.insert(0, sys.argv[1]); import sides\n"
+        "kept = b'x' * (400_000_000 if len(sys.argv) > 2 else 1)\n"
+        "print(sides.most_resident(), flush=True)\n"
+        "if len(sys.argv) > 2: subprocess.run([sys.executable, '-c', sys.argv[2], sys.argv[1]], check=True)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT / "benchmarks"), script],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    parent, child = map(int, found.split())
+    assert parent > 400e6 and child < 100e6
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("prompt", [1, 33, 300])
+def test_both_read_the_same_tokens_and_choose_the_same(folder, prompt):
+    with sides.Side("moelocal", folder) as ours, sides.Side("mlx-lm", folder) as theirs:
+        mine, other = ours.run(prompt, 12, seed=5), theirs.run(prompt, 12, seed=5)
+    assert mine.chosen == other.chosen and len(mine.chosen) == 12
+    assert len(set(mine.chosen)) > 3  # not one answer to everything
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+def test_the_whole_of_it_runs_and_notes_what_it_found(tmp_path, capsys, monkeypatch):
+    points = (scale.Point(4, {**TINY, "layers": 4}, 48), scale.Point(8, {**TINY, "layers": 8}, 48))
+    axes = [scale.Axis("layers", "flagship", points, 4, 1.0)]
+    monkeypatch.setattr(scale, "axes_of", lambda quick, longest: axes)
+    monkeypatch.setattr(scale, "WARM_UP", (4, 2))
+    folders = ["--results", str(tmp_path / "results"), "--images", str(tmp_path / "images")]
+    assert scale.main(["--quick", "--minutes", "1e-9", "--json", *folders]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(found["ratio"]["layers"]) == {"4", "8"} and found["agree"] == 1.0
+    (file,) = (tmp_path / "results").iterdir()
+    rows = results.read(file)
+    assert {row.settings["layers"] for row in rows if row.unit == "ratio"} == {"4", "8"}
+    assert all(row.count == 3 for row in rows if row.unit == "ratio")
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["scale-layers.png"]
+
+
+def test_without_mlx_lm_it_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setattr(scale, "find_spec", lambda name: None)
+    assert scale.main(["--quick"]) == 1
+    assert capsys.readouterr().err == (
+        f"moelocal: error: mlx-lm is not installed here: {sys.executable} -m pip install 'mlx-lm==0.32.2'\n"
+    )
+
+
+def test_contexts_double_up_to_the_longest(capsys):
+    assert [point.context for point in scale.axes_of(False, 2000)[0].points] == [256, 512, 1024]
+    assert scale.main(["--longest", "300"]) == 1
+    assert capsys.readouterr().err == (
+        "moelocal: error: --longest: expected at least 512 tokens, two contexts, got 300\n"
+    )
+
+
+def test_a_slice_without_attention_is_refused(capsys):
+    assert scale.main(["--slice", "--layers", "3"]) == 1
+    assert capsys.readouterr().err == (
+        "moelocal: error: --layers: expected at least 4, one of them attention (mlx-lm needs it), got 3\n"
+    )
+
+
+def test_a_slice_that_does_not_fit_is_refused_with_what_would(monkeypatch):
+    monkeypatch.setattr(scale.machine, "memory", lambda: 8 * 10**9)
+    written = synthetic.Written(Path("x"), 0, 2_500_000_000)
+    with pytest.raises(scale.RequestError) as error:
+        scale._check_memory(scale.slice_of(4)[0], written)
+    assert str(error.value) == (
+        "--layers: two programs with 2.50 GB of weights each need about 12.50 GB, this machine has 8.00 GB; take fewer "
+        "layers"
+    )
+    scale._check_memory(scale.slice_of(4)[0], synthetic.Written(Path("x"), 0, 1_000_000_000))
