@@ -46,7 +46,7 @@ def test_what_cannot_be_saved_or_loaded_is_an_error(tmp_path: Path):
             f"{path / 'x'}: cannot be written: No such file or directory",
         ),
         (
-            lambda: store.save(Path(""), TOKENS[:300], cache, LOGITS),
+            lambda: store.save(Path(), TOKENS[:300], cache, LOGITS),
             "save: expected the name of a file, got '.'",
         ),
         (
