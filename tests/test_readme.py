@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_two_commands_set_everything_up_by_themselves(readme):
     assert all(command.count("\n") == 0 for command in setup)
 
 
-def test_the_other_commands_parse(readme, capsys):
+def test_the_other_commands_parse(readme, root, capsys):
     from moelocal.cli import main
 
     lines = [
@@ -54,6 +55,13 @@ def test_the_other_commands_parse(readme, capsys):
         command = re.split(r"[|>]", line)[1 if line.startswith("echo") else 0]
         words = shlex.split(command, comments=True)
         program, arguments = Path(words[0]).name, words[1:]
+        if program == "pip":
+            (extra,) = re.findall(r"\[(\w+)\]", line)
+            assert (
+                extra
+                in tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            )
+            continue
         if program == "python":
             assert arguments[:2] == ["-m", "moelocal.chat"]
             arguments = ["chat", *arguments[2:]]
