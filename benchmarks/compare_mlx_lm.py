@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -46,6 +45,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moelocal.hub import resolve
+from moelocal.machine import most_resident
 
 PREFILLS = (512, 2048)
 PREFILL_ROUNDS = 3
@@ -198,11 +198,10 @@ def run_fresh(side: str, folder: str) -> dict[str, float]:
     load_seconds = time.perf_counter() - begin
     for _ in loaded.tokens(text if side == Ours.name else encode(text), 64):
         pass
-    unit = 1 if sys.platform == "darwin" else 1024
     return {
         "load_seconds": load_seconds,
         "mlx_nbytes": mx.get_peak_memory(),
-        "resident_nbytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "resident_nbytes": most_resident(),
     }
 
 

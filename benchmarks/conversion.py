@@ -7,7 +7,7 @@ loopback that makes the bytes when they are asked for, so that 72 GB need not li
 layers, the whole embedding and head, and shards of about 2.8 GB as the release has. A process of its own downloads and
 quantizes it with --delete-source-shards.
 
-- memory: the most that this process had resident (ru_maxrss), interpreter and libraries included.
+- memory: the most that this process had resident, interpreter and libraries included.
 - disk: the most that lay on the disk beside the output files, seen five times a second: shards, and what is noted.
 - time: of that process; the server takes its share of the same cores. For 40 layers it is extrapolated by bytes.
 - kills: conversions of a small checkpoint from the same kind of hub, each ended with kill -9 at a random moment and run
@@ -25,7 +25,6 @@ import json
 import math
 import os
 import random
-import resource
 import signal
 import struct
 import subprocess
@@ -42,6 +41,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moelocal.config import ModelConfig
+from moelocal.machine import most_resident
 from moelocal.quantize.sizes import shapes_of
 
 ROOT: Final = Path(__file__).parents[1]
@@ -90,7 +90,7 @@ def child(source: str, to: str, recipe: str, method: str) -> None:
     started = time.perf_counter()
     done = convert(source, to, Recipe.open(recipe), method=method, delete_source=True)  # type: ignore[arg-type]
     seconds = time.perf_counter() - started
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    most = most_resident()
     print(
         json.dumps({"seconds": seconds, "memory": most, "bytes": done.nbytes, "source": done.source_nbytes})
     )

@@ -82,6 +82,17 @@ def buffer_limits(chip: str) -> Mapping[str, str]:
     return BUFFER_LIMITS if number is not None and number <= LAST_LIMITED else {}
 
 
+def most_resident() -> int:
+    """The most bytes that this process had in memory since it started."""
+    if (
+        sys.platform == "linux"
+    ):  # its ru_maxrss begins with what the parent had (getrusage(2): it survives execve)
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    import resource  # here: nothing else needs it
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
 def limit_buffers(environment: MutableMapping[str, str], chip: str) -> None:
     """Put them into the environment, each unless it is set there. MLX reads them when it first uses the device."""
     for name, value in buffer_limits(chip).items():

@@ -128,6 +128,22 @@ def _host_swiglu(x: Host, gate_up: list[Host], down: Host) -> Host:
     return hidden
 
 
+UNPACKED = 1 << 22
+"""Weights of experts that are unpacked at once, unless one expert is larger. Only those that were chosen are: all of a
+layer are 3.2 GB in the flagship's shape, and unpacking them took longer than multiplying (docs/benchmarks.md)."""
+
+
+def _count(stack: Weight) -> int:
+    """Weights of one expert [E, rows, cols]."""
+    if isinstance(stack, QuantizedArray):
+        return stack.scales.shape[-2] * stack.scales.shape[-1] * stack.spec.group
+    return stack.shape[-2] * stack.shape[-1]
+
+
+def _experts(stack: Weight, some: mx.array) -> Weight:
+    return stack.rows(some) if isinstance(stack, QuantizedArray) else stack[some]
+
+
 def host(
     x: mx.array,
     routed: SwiGLU,
@@ -141,12 +157,15 @@ def host(
     rows, w = borrow(x).reshape(-1, x.shape[-1]), borrow(weights).reshape(-1)
     flat, per_token = np.asarray(chosen).reshape(-1), chosen.shape[-1]
     total = np.zeros_like(rows)
-    gate_up, down = [borrow_weight(g) for g in routed.gate_up], borrow_weight(routed.down)
     order = np.argsort(flat, kind="stable")
-    starts = np.searchsorted(flat[order], np.arange(len(down) + 1))
-    for e in range(len(down)):
-        pairs = order[starts[e] : starts[e + 1]]
-        if len(pairs):
+    used, starts = np.unique(flat[order], return_index=True)
+    pairs_of = np.split(order, starts[1:])
+    matrices = (*routed.gate_up, routed.down)
+    step = max(1, UNPACKED // sum(_count(matrix) for matrix in matrices))
+    for first in range(0, len(used), step):
+        some = mx.array(used[first : first + step])
+        *gate_up, down = [borrow_weight(_experts(matrix, some)) for matrix in matrices]
+        for e, pairs in enumerate(pairs_of[first : first + step]):
             # a token meets an expert at most once, so that += over its rows is safe
             token = pairs // per_token
             total[token] += w[pairs, None] * _host_swiglu(rows[token], [g[e] for g in gate_up], down[e])
