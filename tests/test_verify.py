@@ -10,10 +10,15 @@ import pytest
 import moelocal
 from moelocal.cache.layers import AttentionCache
 from moelocal.cache.snapshot import Snapshot
+from moelocal.chat.conversation import Conversation, save
 from moelocal.cli import main
+from moelocal.engine.session import Session
 from moelocal.errors import RequestError
 from moelocal.evaluate.verify import CONVERSATION, DECODED, prompts, verify
+from moelocal.evaluate.verify_command import Replay, read
 from moelocal.model import Decoder
+
+SHORT = CONVERSATION[1:2]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +45,9 @@ def test_every_way_gives_what_a_cold_run_gives(model):
         "from disk, a process for each",
     )
     assert all(0 < reused[name] < whole for name in warm)
+    # what was decoded, and what was read ahead, is reused besides
+    behind = next(way for way in ways if way.name == "gone on behind those answers")
+    assert behind.reused > reused["answered in a session"]
     # of three prompts, all but the first find what the one before left
     assert len({reused[name] for name in warm}) == 1
 
@@ -123,6 +131,38 @@ def test_keys_and_values_in_codes_are_reused_as_they_are(kv_bits):
     assert [way.name for way in ways if not way.right] == []
 
 
+def shifted(session, tokens):
+    """Each place has the token behind it."""
+    session.tokens = [*session.tokens, *tokens[1:], *tokens[:1]]
+
+
+def one_early(session, tokens):
+    """The first token is noted twice and the last one not: as many as the cache holds."""
+    session.tokens = [*session.tokens, *tokens[:1], *tokens[:-1]]
+
+
+@pytest.mark.parametrize("note", [shifted, one_early])
+def test_decoded_tokens_that_are_noted_wrongly_are_found(model, monkeypatch, note):
+    def fed(self, tokens):
+        if tokens:
+            note(self, tokens)
+            self._mark = None
+
+    monkeypatch.setattr(Session, "fed", fed)
+    assert {way.name for way in verify(model, SHORT) if not way.right} == {"gone on behind those answers"}
+
+
+def test_one_decoded_token_too_few_does_not_even_get_so_far(model, monkeypatch):
+    def fed(self, tokens):
+        if tokens:
+            self.tokens = [*self.tokens, *tokens[:-1]]
+            self._mark = None
+
+    monkeypatch.setattr(Session, "fed", fed)
+    with pytest.raises(RequestError, match=r"snapshot: expected the \d+ tokens of the timeline"):
+        list(verify(model, SHORT))
+
+
 def test_a_form_of_an_operation_that_computes_something_else_is_found(model, monkeypatch):
     from moelocal.ops.norm import rms_norm
 
@@ -147,13 +187,22 @@ def test_the_command_fails_loudly(capsys, monkeypatch):
     assert err.startswith("moelocal: error: not what a cold run gives: warm: one call after the other; ")
 
 
+EXPECTED = (
+    "chat.json: expected a chat saved with /save, a JSON list of messages, or an object "
+    '{"messages": [...], "tools": [...], "thinking": false}, where all but the messages may be left out'
+)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "cannot be read: No such file or directory"),
         ("{", "expected JSON in UTF-8"),
-        ("{}", "expected a chat saved with /save, or a JSON list of messages"),
-        ("[1]", "expected a chat saved with /save, or a JSON list of messages"),
+        ("{}", EXPECTED),
+        ("[1]", EXPECTED),
+        ('{"messages": [], "tools": [1]}', "chat.json: tools: expected a list of objects or null"),
+        ('{"messages": [], "thinking": 1}', "chat.json: thinking: expected true, false or null, got 1"),
+        ('{"messages": [], "system": 1}', "chat.json: system: expected a string or null, got int"),
         ("[]", "conversation: expected at least one message of the user, got none"),
     ],
 )
@@ -171,6 +220,27 @@ def test_a_saved_chat_can_be_replayed(tmp_path, capsys):
     messages = list(CONVERSATION[1:3])
     path.write_text(json.dumps({"system": "Be brief.", "messages": messages}))
     assert main(["verify", "--conversation", str(path)]) == 0
+
+
+def test_tools_and_thinking_of_a_file_are_used(tmp_path, model):
+    path = tmp_path / "chat.json"
+    tool = {
+        "type": "function",
+        "function": {"name": "look", "parameters": {"type": "object", "properties": {}}},
+    }
+    messages = [{"role": "user", "content": "Look."}]
+    path.write_text(json.dumps({"messages": messages, "tools": [tool], "thinking": False}))
+    replay = read(path)
+    ways = list(verify(model, replay.messages, tools=replay.tools, thinking=replay.thinking))
+    text = model.template.render(messages, tools=[tool], thinking=False)
+    assert ways[0].tokens == len(model.tokenizer.encode(text))
+    assert [way.name for way in ways if not way.right] == []
+
+
+def test_what_save_writes_is_read(tmp_path):
+    path, messages = tmp_path / "chat.json", list(CONVERSATION[1:])
+    save(path, Conversation("Be brief.", False, messages), "embedded")
+    assert read(path) == Replay([{"role": "system", "content": "Be brief."}, *messages], None, False)
 
 
 def test_the_bound_for_decoded_tokens_is_not_met_by_other_weights(model):

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.timelines import extend, made, same
-from moelocal.cache import Store
 from moelocal.cache.file import Packed, read
+from moelocal.cache.saved import load, save
 from moelocal.errors import RequestError
 
 TOKENS = np.random.default_rng(8).integers(0, 500, 1000).tolist()
@@ -24,8 +24,8 @@ def test_what_was_saved_goes_on(tmp_path: Path):
     path = tmp_path / "session"
     for position in (1, 256, 700):
         cache = made(TOKENS[:position])
-        Store("f", 0).save(path, TOKENS[:position], cache, LOGITS)
-        tokens, loaded, logits = Store("f", 0).load(path)
+        save(path, "f", TOKENS[:position], cache, LOGITS)
+        tokens, loaded, logits = load(path, "f")
         assert mx.array_equal(logits, LOGITS)
         assert tokens == TOKENS[:position] and same(loaded, cache) and loaded.chunks == cache.chunks
         for each in (cache, loaded):
@@ -36,30 +36,30 @@ def test_what_was_saved_goes_on(tmp_path: Path):
 
 
 def test_what_cannot_be_saved_or_loaded_is_an_error(tmp_path: Path):
-    store, path = Store("f", 0), tmp_path / "session"
+    path = tmp_path / "session"
     cache = made(TOKENS[:300])
     for action, message in (
-        (lambda: store.load(path), f"{path}: cannot be read: No such file or directory"),
-        (lambda: store.load(tmp_path), f"{tmp_path}: cannot be read: Is a directory"),
+        (lambda: load(path, "f"), f"{path}: cannot be read: No such file or directory"),
+        (lambda: load(tmp_path, "f"), f"{tmp_path}: cannot be read: Is a directory"),
         (
-            lambda: store.save(path / "x", TOKENS[:300], cache, LOGITS),
+            lambda: save(path / "x", "f", TOKENS[:300], cache, LOGITS),
             f"{path / 'x'}: cannot be written: No such file or directory",
         ),
         (
-            lambda: store.save(Path(), TOKENS[:300], cache, LOGITS),
+            lambda: save(Path(), "f", TOKENS[:300], cache, LOGITS),
             "save: expected the name of a file, got '.'",
         ),
         (
-            lambda: store.save(path, TOKENS[:299], cache, LOGITS),
+            lambda: save(path, "f", TOKENS[:299], cache, LOGITS),
             "snapshot: expected the 300 tokens of the timeline, got 299",
         ),
     ):
         with pytest.raises(RequestError) as caught:
             action()
         assert str(caught.value) == message
-    store.save(path, TOKENS[:300], cache, LOGITS)
+    save(path, "f", TOKENS[:300], cache, LOGITS)
     with pytest.raises(RequestError) as caught:
-        Store("g", 0).load(path)
+        load(path, "g")
     assert str(caught.value) == (
         f"{path}: saved with other weights, settings or another version of moelocal or MLX: expected g, got f; "
         "read its messages again in a new session"
@@ -67,7 +67,7 @@ def test_what_cannot_be_saved_or_loaded_is_an_error(tmp_path: Path):
     metadata, content = read(path)
     Packed.of(content, {**metadata, "version": "0"}).write(path)
     with pytest.raises(RequestError) as caught:
-        store.load(path)
+        load(path, "f")
     assert str(caught.value) == f"{path}: expected a saved session of version 2, got version 0"
 
 
@@ -77,7 +77,7 @@ def test_a_damaged_file_is_an_error_and_nothing_else(place: int, bits: int, cut:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "session"
-        Store("f", 0).save(path, TOKENS[:30], made(TOKENS[:30]), LOGITS)
+        save(path, "f", TOKENS[:30], made(TOKENS[:30]), LOGITS)
         content = bytearray(path.read_bytes())
         place %= len(content)
         if cut:
@@ -86,7 +86,7 @@ def test_a_damaged_file_is_an_error_and_nothing_else(place: int, bits: int, cut:
             content[place] ^= bits
         path.write_bytes(content)
         try:
-            tokens, cache, logits = Store("f", 0).load(path)
+            tokens, cache, logits = load(path, "f")
         except RequestError as error:
             assert str(error).startswith(f"{path}: damaged, or no saved session: ")
         else:  # a space of the header that became another

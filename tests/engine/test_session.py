@@ -326,7 +326,7 @@ def miss_tools(model, before, now):
 def test_a_volatile_line_in_the_system_prompt_is_named(model):
     dated = [{"role": "system", "content": f"Today is {day}. Be brief."} for day in ("Monday", "Friday")]
     found = miss(model, [dated[0], user("Hello!")], [dated[1], user("Hello!")])
-    assert found.cause == "system prompt changed"
+    assert found.cause == "volatile line in the system prompt"
     assert "Mon" in found.before and "Fri" in found.now
 
 

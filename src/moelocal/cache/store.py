@@ -6,15 +6,11 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final, Literal
-
-import mlx.core as mx
 
 from moelocal.cache.cache import Cache
 from moelocal.cache.disk import Accept, Disk
 from moelocal.cache.keys import Chain
-from moelocal.cache.saved import load, save
 from moelocal.cache.snapshot import Segment, Snapshot, check, sizes, take
 
 Where = Literal["memory", "disk"]
@@ -135,14 +131,6 @@ class Store:
                 self._make_room(snapshot.nbytes + sum(s.nbytes for s in fresh.values()))
                 self._add(snapshot, fresh)
         return snapshot.restore(segments)
-
-    def save(self, path: Path, tokens: Sequence[int], cache: Cache, logits: mx.array) -> None:
-        """Write a timeline into a file of its own; see `saved.save`."""
-        save(path, self.fingerprint, tokens, cache, logits)
-
-    def load(self, path: Path) -> tuple[list[int], Cache, mx.array]:
-        """Tokens, timeline and logits of such a file; see `saved.load`."""
-        return load(path, self.fingerprint)
 
     def drop(self, found: Found) -> None:
         """Forget this snapshot, in memory and on disk."""

@@ -1,62 +1,231 @@
-"""What a state depends on besides the tokens: snapshots of anything else are never used."""
+"""What a state depends on besides the tokens: snapshots of anything else are never used.
+
+The weights are named by the SHA-256 of their files. Every file is read once; its hash is then remembered in moelocal's
+cache for as long as the file is the same one by path, inode, size and times. A file of the Hugging Face cache is stored
+under its SHA-256 and is not read at all: who changes such a file in place has to delete the snapshots.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import mlx.core as mx
+import numpy as np
 
-from moelocal import metal
+from moelocal import machine, metal
 from moelocal.cache.keys import GRID
 from moelocal.checkpoint.files import weight_files
 from moelocal.config import ModelConfig
 from moelocal.engine.chunks import STRIDE
+from moelocal.errors import CheckpointError
 from moelocal.ops import choice
 from moelocal.ops.op import forced
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Counts changes of what is stored, and of the arithmetic that leads there."""
 
-SAMPLES: Final = 64
-"""Places of a weight file that are read, evenly spread, with its header and its end: 4 MB a file."""
+THREADS: Final = 4
+"""Files that are read at the same time."""
 
-_PIECE: Final = 1 << 16
+_PIECE: Final = 1 << 22
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
-def fingerprint(folder: Path, dtype: mx.Dtype, config: ModelConfig, kv_bits: int | None) -> str:
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """A file as it is without reading it. Times in ns; `changed` is that of the inode, which nobody can set back."""
+
+    path: Path
+    size: int
+    modified: int
+    changed: int
+    inode: int
+
+    @classmethod
+    def of(cls, file: Path) -> Stamp:
+        """Links are followed. Raises `CheckpointError` if there is none."""
+        try:
+            path = file.resolve(strict=True)
+            found = path.stat()
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+        return cls(path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+
+def stamps(folder: Path) -> tuple[Stamp, ...]:
+    """Those of config.json and the weights, to know later whether they are still what was loaded. Raises
+    `CheckpointError`."""
+    return tuple(Stamp.of(file) for file in (folder / "config.json", *weight_files(folder)))
+
+
+def fingerprint(
+    folder: Path,
+    dtype: mx.Dtype,
+    config: ModelConfig,
+    kv_bits: int | None,
+    loaded: Sequence[Stamp] | None = None,
+) -> str:
     """Names the weights in `folder`, config.json (the quantization in it), the layers of `config` (which YaRN may have
-    changed), the dtypes of activations, keys and values, the device, the forms of operations, and the versions of MLX
-    and of what is stored.
+    changed), the dtypes of activations, keys and values, the device, the forms of operations and the text of their
+    kernels, and the versions of MLX, NumPy and of what is stored.
 
-    Of the weights it reads names, lengths, headers and samples: weights that were trained or quantized anew differ in
-    all of them. A change of a few bytes between the samples would not be seen.
+    `loaded`: the `stamps` before the weights were loaded. Raises `CheckpointError` if the files are others by now, or
+    cannot be read.
     """
+    now = stamps(folder)
+    if loaded is not None and now != tuple(loaded):
+        raise CheckpointError(
+            f"{folder}: its files changed since the model was loaded, so its states cannot be named; load it again"
+        )
     digest = hashlib.blake2b(digest_size=16)
     version: str = mx.__version__  # type: ignore[attr-defined]
     device = mx.default_device().type.name
     for text in (
         f"{FORMAT} {STRIDE} {GRID}",
         version,
+        np.__version__,
         device,
         str(dtype),
         _forms(),
         f"{kv_bits} {config.layers}",
+        *(
+            f"{file.name} {content}"
+            for file, content in zip(weight_files(folder), _contents(now[1:]), strict=True)
+        ),
     ):
         digest.update(text.encode() + b"\0")
-    digest.update((folder / "config.json").read_bytes() + b"\0")
-    for file in weight_files(folder):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode() + b"\0")
-        with file.open("rb") as stream:
-            for piece in range(SAMPLES + 1):
-                stream.seek(max(0, size - _PIECE) * piece // SAMPLES)
-                digest.update(stream.read(_PIECE))
+    digest.update((folder / "config.json").read_bytes())
     return digest.hexdigest()
 
 
 def _forms() -> str:
-    chosen = choice.current() if metal.available() else None
+    if not metal.available():
+        return f"{forced()}"
+    chosen = choice.current()
     entries = [] if chosen is None else sorted(map(repr, chosen.entries))
-    return f"{forced()} {metal.executor() is not None} {entries}"
+    texts = hashlib.sha256()
+    for file in sorted(metal.FOLDER.glob("*.metal")):
+        texts.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return f"{forced()} {metal.executor() is not None} {entries} {texts.hexdigest()}"
+
+
+def _contents(files: Sequence[Stamp]) -> list[str]:
+    """The SHA-256 of each file: its name in the Hugging Face cache, what was remembered, or read now."""
+    known = {stamp: content for stamp in files if (content := _named(stamp) or _remembered(stamp))}
+    unread = [stamp for stamp in files if stamp not in known]
+    if unread:
+        with _bar(sum(stamp.size for stamp in unread)) as report, ThreadPoolExecutor(THREADS) as pool:
+            stopped = threading.Event()
+            waiting = [pool.submit(_sha256, stamp, report, stopped) for stamp in unread]
+            try:
+                for stamp, future in zip(unread, waiting, strict=True):
+                    known[stamp] = future.result()
+                    _remember(stamp, known[stamp])
+            finally:  # also when interrupted: the pool waits for its threads
+                stopped.set()
+    return [known[stamp] for stamp in files]
+
+
+def _named(stamp: Stamp) -> str | None:
+    """Of models--OWNER--NAME/blobs/SHA256, as huggingface_hub stores large files."""
+    *_, repository, folder, name = ("", "", *stamp.path.parts)
+    in_cache = folder == "blobs" and repository.startswith("models--")
+    return name if in_cache and _SHA256.fullmatch(name) else None
+
+
+def _sha256(stamp: Stamp, report: Callable[[int], None], stopped: threading.Event) -> str:
+    digest, piece = hashlib.sha256(), bytearray(_PIECE)
+    try:
+        with stamp.path.open("rb", buffering=0) as stream:
+            while not stopped.is_set() and (count := stream.readinto(piece)):
+                digest.update(memoryview(piece)[:count])
+                report(count)
+    except OSError as error:
+        raise CheckpointError(f"{stamp.path}: cannot be read: {error.strerror}") from None
+    if Stamp.of(stamp.path) != stamp:
+        raise CheckpointError(f"{stamp.path}: changed while it was read; load the model again")
+    return digest.hexdigest()
+
+
+def _memo(stamp: Stamp) -> Path:
+    """A file for each, so that processes that write at the same time lose nothing of each other's."""
+    name = hashlib.sha256(os.fsencode(stamp.path)).hexdigest()
+    return machine.cache_folder() / "hashes" / f"{name}.json"
+
+
+def _fields(stamp: Stamp) -> dict[str, str | int]:
+    return {
+        "path": os.fsencode(stamp.path).hex(),
+        "size": stamp.size,
+        "modified": stamp.modified,
+        "changed": stamp.changed,
+        "inode": stamp.inode,
+    }
+
+
+def _remembered(stamp: Stamp) -> str | None:
+    """What was noted of exactly this file; None if nothing was, or what is there is damaged."""
+    try:
+        found = json.loads(_memo(stamp).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    content = found.pop("sha256", None) if isinstance(found, dict) else None
+    if not isinstance(content, str) or not _SHA256.fullmatch(content) or found != _fields(stamp):
+        return None
+    return content
+
+
+def _remember(stamp: Stamp, content: str) -> None:
+    """A cache that cannot be written costs only that the file is read again."""
+    memo, part = _memo(stamp), None
+    with contextlib.suppress(OSError):
+        try:
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=memo.parent, suffix=".part", delete=False) as file:
+                part = Path(file.name)
+                json.dump(_fields(stamp) | {"sha256": content}, file)
+            part.replace(memo)
+        finally:
+            if part is not None:
+                part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[int], None]]:
+    """Takes bytes read, from any thread; a progress bar on a terminal, from the second second on."""
+    started, lock, done, bar = time.monotonic(), threading.Lock(), 0, None
+
+    def report(count: int) -> None:
+        nonlocal bar, done
+        with lock:
+            done += count
+            if bar is None and sys.stderr.isatty() and time.monotonic() - started > 1:
+                # imported here: most files were read before
+                from rich.console import Console
+                from rich.progress import Progress
+
+                bar = Progress(console=Console(stderr=True), transient=True)
+                bar.add_task("reading the weights once, to name their states", total=total)
+                bar.start()
+            if bar is not None:
+                bar.update(bar.task_ids[0], completed=done)
+
+    try:
+        yield report
+    finally:
+        if bar is not None:
+            bar.stop()

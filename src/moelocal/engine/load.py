@@ -19,7 +19,7 @@ from moelocal import machine
 from moelocal.cache import Cache, Disk, Store
 from moelocal.config import ModelConfig
 from moelocal.engine.chunks import MESSAGE_START, boundaries, message_start
-from moelocal.engine.fingerprint import fingerprint
+from moelocal.engine.fingerprint import Stamp, fingerprint, stamps
 from moelocal.engine.plan import memory_limit, plan, weights_nbytes
 from moelocal.engine.reuse import common
 from moelocal.engine.sampling import Sampling
@@ -49,8 +49,16 @@ class Model:
     take on disk.
     """
 
-    def __init__(self, decoder: Decoder, folder: Path, name: str, snapshots: int = 0) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        folder: Path,
+        name: str,
+        snapshots: int = 0,
+        files: Sequence[Stamp] | None = None,
+    ) -> None:
         self.decoder, self.folder, self.name, self._on_disk = decoder, folder, name, snapshots
+        self._files = files
         self._recent: deque[list[int]] = deque(maxlen=RECENT)
         self._sessions: WeakSet[Session] = WeakSet()
 
@@ -123,9 +131,15 @@ class Model:
             self.store.give_way(made.limit - made.nbytes)
 
     @cached_property
+    def fingerprint(self) -> str:
+        """What states on disk depend on; the first time it may read all weight files. Raises `CheckpointError`."""
+        return fingerprint(self.folder, self.dtype, self.config, self.kv_bits, self._files)
+
+    @cached_property
     def store(self) -> Store:
         """The snapshots that all timelines of this model share."""
-        print_of = fingerprint(self.folder, self.dtype, self.config, self.kv_bits)
+        # in memory there are only states of the weights that this process has loaded
+        print_of = self.fingerprint if self._on_disk else "memory"
         disk = Disk(machine.cache_folder() / "snapshots", print_of, self._on_disk) if self._on_disk else None
         limit = memory_limit()
         budget = 1 << 30 if limit is None else min(limit // SHARE, (limit - self._weights) // 2)
@@ -238,9 +252,10 @@ def load(
     on_disk = 0 if snapshots == "0" else parse_size(snapshots, "snapshots")
 
     folder = prepared(model, quantization, revision=revision, offline=offline, progress=progress)
+    files = stamps(folder)  # before they are read, to see later whether they are still those
     with _layer_bar(progress) as report:
         decoder = Decoder.open(folder, wanted, report, context=context, kv_bits=kv_bits)
-    return Model(decoder, folder, "embedded" if model is None else str(model), on_disk)
+    return Model(decoder, folder, "embedded" if model is None else str(model), on_disk, files)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeGuard
 
 import mlx.core as mx
 
-from moelocal.cache import Cache, Mark
+from moelocal.cache import Cache, Mark, saved
 from moelocal.cache.cache import Chunks
 from moelocal.cache.layers import STEP
 from moelocal.cache.snapshot import check
@@ -272,19 +272,21 @@ class Session:
 
         What is loaded goes on from its end, also inside a chunk: last bits may then differ from those of a cold run.
 
-        Raises `RequestError` if there is nothing to save, the file cannot be written, or an answer is being streamed.
+        Raises `RequestError` if there is nothing to save, the file cannot be written, or an answer is being streamed;
+        `CheckpointError` if the weights changed since they were loaded.
         """
         self._settled()
-        self.model.store.save(Path(path), self.tokens, self._cache, self.logits)
+        saved.save(Path(path), self.model.fingerprint, self.tokens, self._cache, self.logits)
 
     @classmethod
     def load(cls, path: str | Path, model: Model) -> Session:
         """The session that `save` wrote.
 
-        Raises `RequestError` if the file cannot be read, is damaged, or is of another model or setting.
+        Raises `RequestError` if the file cannot be read, is damaged, or is of another model or setting;
+        `CheckpointError` if the weights changed since they were loaded.
         """
         session = model.session()
-        session.tokens, session._cache, session._logits = model.store.load(Path(path))
+        session.tokens, session._cache, session._logits = saved.load(Path(path), model.fingerprint)
         return session
 
     @contextmanager

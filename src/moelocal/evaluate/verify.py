@@ -16,13 +16,13 @@ from moelocal.cache import Cache, Disk, Store
 from moelocal.cache.ragged import Rows
 from moelocal.engine.batch import MOST_ROWS, generate_batch
 from moelocal.engine.chunks import boundaries
-from moelocal.engine.generate import Request
+from moelocal.engine.generate import Request, generate
 from moelocal.engine.load import Model
 from moelocal.engine.sampling import Sampling
-from moelocal.engine.session import Session
+from moelocal.engine.session import Reuse, Session
 from moelocal.errors import ContextOverflow, RequestError
 from moelocal.ops.op import force
-from moelocal.text.messages import prepare
+from moelocal.text.messages import prepare, prepare_tools
 
 DECODED: Final = {mx.float32: 1e-4, mx.float16: 2**-6, mx.bfloat16: 2**-4}
 """How far logits may be off where tokens were decoded on one side and read as a prompt on the other, or computed by
@@ -87,11 +87,37 @@ def prompts(model: Model, messages: Sequence[dict[str, Any]]) -> list[list[dict[
     return found
 
 
-def verify(model: Model, messages: Sequence[dict[str, Any]] = CONVERSATION) -> Iterator[Way]:
-    """Replay a conversation in every way, and compare each with a cold run. Raises `RequestError`, `TemplateError`,
+class _Watched(Session):
+    """A session that notes the logits behind every prompt."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        self.synced: list[tuple[Reuse, mx.array]] = []
+
+    def sync(self, tokens: Sequence[int]) -> Reuse:
+        reuse = super().sync(tokens)
+        self.synced.append((reuse, self.logits))
+        return reuse
+
+
+def verify(
+    model: Model,
+    messages: Sequence[dict[str, Any]] = CONVERSATION,
+    *,
+    tools: Sequence[dict[str, Any]] | None = None,
+    thinking: bool | None = None,
+) -> Iterator[Way]:
+    """Replay a conversation in every way, and compare each with a cold run. `tools` and `thinking` as `generate` takes
+    them. Raises `RequestError`, `TemplateError`,
     `ContextOverflow`."""
     turns = prompts(model, messages)
-    tokens = [model.tokenizer.encode(model.template.render(prepare(turn))) for turn in turns]
+    schemas = prepare_tools(tools)
+
+    def rendered(turn: Sequence[dict[str, Any]]) -> list[int]:
+        text = model.template.render(prepare(turn), tools=schemas, thinking=thinking)
+        return model.tokenizer.encode(text)
+
+    tokens = [rendered(turn) for turn in turns]
     longest = max(map(len, tokens))
     if longest + ANSWER > model.config.context:
         raise ContextOverflow(
@@ -164,7 +190,42 @@ def verify(model: Model, messages: Sequence[dict[str, Any]] = CONVERSATION) -> I
     chosen = [_likeliest(model, logits) for logits in read]
     yield ends("decoded against read", read, chosen == [result.answer[-1] for result in cold])
 
-    requests = [Request(turn, max_tokens=ANSWER, sampling=Sampling(temperature=0)) for turn in turns]
+    greedy = Sampling(temperature=0)
+    watched, answered, ahead, known = _Watched(fresh()), list[_Result](), list[mx.array](), list[mx.array]()
+    going_on = reused = 0
+    for turn, prompt in zip(turns, tokens, strict=True):
+        watched.synced.clear()
+        done = generate(watched, turn, max_tokens=ANSWER, sampling=greedy, tools=tools, thinking=thinking)
+        reuse, logits = watched.synced[0]
+        answered.append(_Result(logits, done.tokens, logits, reuse.cached))
+        # where an answer ends by itself it is read again; one that is cut off stays as it was decoded
+        cut = watched.fork()
+        shorter = max(len(done.tokens) - 1, 1)
+        generate(cut, turn, max_tokens=shorter, sampling=greedy, tools=tools, thinking=thinking)
+        starts = [0, *boundaries(prompt, model.message_start)]
+        for session in (watched.fork(), cut):
+            # behind the tokens that the session says it stands behind
+            following = [*session.tokens, *prompt[starts[-2:][0] :]]
+            if len(following) <= model.config.context:
+                going_on, reused = going_on + len(following), reused + session.sync(following).cached
+                ahead.append(session.logits)
+                session = fresh().session()
+                session.sync(following)
+                known.append(session.logits)
+    yield way("answered in a session", decoded, answered)
+    yield Way(
+        "gone on behind those answers",
+        len(ahead),
+        going_on,
+        reused,
+        max(map(_error, ahead, known), default=0.0),
+        decoded,
+        [_likeliest(model, each) for each in ahead] == [_likeliest(model, each) for each in known],
+    )
+
+    requests = [
+        Request(turn, max_tokens=ANSWER, sampling=greedy, tools=tools, thinking=thinking) for turn in turns
+    ]
     together = generate_batch(fresh(), requests)
     equal = [done.tokens == result.answer for done, result in zip(together, cold, strict=True)]
     yield ends("batched with others", _in_batches(fresh(), tokens, cold), all(equal))

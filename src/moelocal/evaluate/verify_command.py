@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from moelocal.engine.load import load
 from moelocal.errors import NumericsError, RequestError
@@ -23,7 +23,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--conversation",
         type=Path,
         metavar="FILE",
-        help="a chat saved with /save, or a JSON list of messages",
+        help='a chat saved with /save, a JSON list of messages, or {"messages": [...], "tools": [...]}',
     )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the computation")
     parser.add_argument(
@@ -41,9 +41,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Replay a conversation warm, forked, rewound, from disk, in a batch and with every form of the operations, and
-    compare with cold runs. Exit code 1 if anything differs by more than it may."""
-    messages = CONVERSATION if parsed.conversation is None else read(parsed.conversation)
+    """Replay a conversation warm, answered, forked, rewound, from disk, in a batch and with every form of the
+    operations, and compare with cold runs. Exit code 1 if anything differs by more than it may."""
+    replay = Replay(list(CONVERSATION)) if parsed.conversation is None else read(parsed.conversation)
     model = load(
         parsed.model,
         dtype=parsed.dtype,
@@ -53,7 +53,7 @@ def run(parsed: argparse.Namespace) -> None:
         progress=sys.stderr.isatty(),
     )
     ways: list[Way] = []
-    for way in verify(model, messages):
+    for way in verify(model, replay.messages, tools=replay.tools, thinking=replay.thinking):
         if not ways:
             print(f"{'':<30} {'tokens':>7} {'reused':>7} {'error':>9} {'allowed':>9}  answers")
         ways.append(way)
@@ -75,19 +75,41 @@ def _row(way: Way) -> str:
     return f"{way.name:<30} {way.tokens:>7} {way.reused:>7} {error:>9} {allowed:>9}  {verdict}{mark}"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The messages in a file. Raises `RequestError` if it cannot be read or holds something else."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Replay:
+    """A conversation and how it was held; `thinking`: None leaves it to the chat template."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    thinking: bool | None = None
+
+
+def read(path: Path) -> Replay:
+    """The conversation in a file. Raises `RequestError` if it cannot be read or holds something else."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{path}: expected JSON in UTF-8: {error}") from None
-    if isinstance(content, dict):
-        system = content.get("system")
-        head = [{"role": "system", "content": system}] if isinstance(system, str) else []
-        content = content.get("messages")
-        content = [*head, *content] if isinstance(content, list) else content
-    if not isinstance(content, list) or not all(isinstance(message, dict) for message in content):
-        raise RequestError(f"{path}: expected a chat saved with /save, or a JSON list of messages")
-    return content
+    found = content if isinstance(content, dict) else {"messages": content}
+    system, tools, thinking = (found.get(name) for name in ("system", "tools", "thinking"))
+    messages = found.get("messages")
+    if not _objects(messages):
+        raise RequestError(
+            f"{path}: expected a chat saved with /save, a JSON list of messages, or an object "
+            '{"messages": [...], "tools": [...], "thinking": false}, where all but the messages may be left out'
+        )
+    if tools is not None and not _objects(tools):
+        raise RequestError(f"{path}: tools: expected a list of objects or null")
+    if thinking is not None and not isinstance(thinking, bool):
+        raise RequestError(f"{path}: thinking: expected true, false or null, got {thinking!r}")
+    if system is not None and not isinstance(system, str):
+        raise RequestError(f"{path}: system: expected a string or null, got {type(system).__name__}")
+    return Replay(
+        [*([{"role": "system", "content": system}] if system else []), *messages], tools or None, thinking
+    )
+
+
+def _objects(content: object) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(content, list) and all(isinstance(each, dict) for each in content)
