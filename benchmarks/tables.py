@@ -204,7 +204,7 @@ def _speed(found: Sequence[Row]) -> Iterator[str]:
     """What `moelocal bench` measured: every program, and ratios of ours, by context."""
     wanted = ("decode", "prefill", "first token", "MLX memory")
     programs = list(dict.fromkeys(row.program for row in found if row.figure in wanted))
-    others = list(dict.fromkeys(row.program for row in found if row.unit == "ratio"))
+    others = list(dict.fromkeys(row.program for row in found if row.figure.endswith(" ratio")))
     yield from _table("context", "figure", *programs, *others)
     contexts = sorted({int(row.settings["context"]) for row in found if "context" in row.settings})
     for context in contexts:

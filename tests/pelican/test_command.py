@@ -15,12 +15,12 @@ from typing import ClassVar
 import pytest
 
 import moelocal
+from drawings import PELICAN, RICH, answer
 from moelocal.errors import NumericsError, RequestError
 from moelocal.pelican import command, makers, render
 from moelocal.pelican.answers import Answers
 from moelocal.pelican.command import PROMPT, add_flags, run
 from moelocal.pelican.makers import key_of
-from pelican.pictures import PELICAN, RICH, answer
 
 pytest.importorskip("resvg_py")
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drawings import PELICAN, RICH, answer
 from moelocal.errors import RequestError
 from moelocal.pelican import gallery, render, show
 from moelocal.pelican.answers import Answers, read_files
@@ -20,7 +21,6 @@ from moelocal.pelican.sheet import MOST_TILES, sheet
 from moelocal.pelican.show import Shown
 from moelocal.pelican.svg import drawing
 from moelocal.pelican.vote import Standing
-from pelican.pictures import PELICAN, RICH, answer
 
 HOSTILE = """</pre><script>alert(1)</script><img src=http://e.org/x onerror="a()"> & ' " {{ 7 * 7 }} {% raw %} \u202e"""
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from drawings import PELICAN, RICH
 from moelocal.errors import RequestError
 from moelocal.pelican import render
 from moelocal.pelican.markup import Refused
 from moelocal.pelican.svg import drawing
-from pelican.pictures import PELICAN, RICH
 
 OPEN = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 20">'
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawings import PELICAN, RICH
 from moelocal.pelican.markup import Refused
 from moelocal.pelican.svg import NAMESPACE, Drawing, drawing
-from pelican.pictures import PELICAN, RICH
 
 OPEN = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10" width="10" height="10">'
 SMALL = f'{OPEN}<circle r="3"/></svg>'

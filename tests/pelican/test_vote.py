@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawings import answer
 from moelocal.errors import RequestError
 from moelocal.pelican import vote
 from moelocal.pelican.vote import Vote, Votes
-from pelican.pictures import answer
 
 HEADER = "date\tround\tballot\tprompt\tmodels\tchosen"
 
