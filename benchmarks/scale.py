@@ -140,8 +140,6 @@ def run(parsed: argparse.Namespace) -> None:
         for file in sorted((noted or HERE / "results").glob("*.tsv")):
             draw(last_run(results.read(file)), images or HERE.parent / "docs" / "images")
         return
-    if find_spec("mlx_lm") is None:
-        raise RequestError(f"mlx-lm is not installed here: {sys.executable} -m pip install 'mlx-lm==0.32.2'")
     longest = parsed.longest or (4096 if parsed.quick else 8192)
     if longest < 512:
         raise RequestError(f"--longest: expected at least 512 tokens, two contexts, got {longest}")
@@ -149,6 +147,8 @@ def run(parsed: argparse.Namespace) -> None:
         raise RequestError(
             f"--layers: expected at least 4, one of them attention (mlx-lm needs it), got {parsed.layers}"
         )
+    if find_spec("mlx_lm") is None:
+        raise RequestError(f"mlx-lm is not installed here: {sys.executable} -m pip install 'mlx-lm==0.32.2'")
     axes = slice_of(parsed.layers) if parsed.slice else axes_of(parsed.quick, longest)
     minutes = parsed.minutes or (8.0 if parsed.slice else 3.0 if parsed.quick else 12.0)
     header = Header.now(command_line())

@@ -506,8 +506,8 @@ def test_bytes_per_token_are_all_weights_but_unused_experts_and_rows():
     assert read_per_token(decoder) == weights_nbytes(decoder) - unused
 
 
-def test_bytes_beside_the_weights_grow_with_the_context():
-    raw = json.loads((PACKAGE.parent / "benchmarks/configs/qwen3.6-35b-a3b.json").read_text())
+def test_bytes_beside_the_weights_grow_with_the_context(root):
+    raw = json.loads((root / "benchmarks/configs/qwen3.6-35b-a3b.json").read_text())
     config = ModelConfig.parse(raw)
     # of 40 layers 10 attend: 2 heads of 256, keys and values, two bytes each
     position = 10 * 2 * 2 * 256 * 2

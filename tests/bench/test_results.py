@@ -152,7 +152,8 @@ def test_processes_that_add_at_once_lose_nothing(tmp_path):
 
 
 def test_results_lie_in_the_checkout_or_in_the_state_folder(tmp_path, monkeypatch, root):
-    assert results.default_folder() == Path(moelocal.__file__).parents[2] / "benchmarks" / "results"
+    monkeypatch.setattr(moelocal, "__file__", str(root / "src" / "moelocal" / "__init__.py"))
+    assert results.default_folder() == root / "benchmarks" / "results"
     monkeypatch.setattr(moelocal, "__file__", str(tmp_path / "lib" / "python" / "moelocal" / "__init__.py"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     assert results.default_folder() == tmp_path / "state" / "moelocal" / "results"

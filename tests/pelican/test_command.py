@@ -207,7 +207,7 @@ def test_where_nobody_answers_the_error_is_that_of_the_first(tmp_path, fakes, ca
 
 def test_what_is_not_drawn_is_named(tmp_path, fakes, capsys, monkeypatch):
     fakes.append(Fake())
-    monkeypatch.setattr("pelican.pictures.PELICAN", "No.")
+    monkeypatch.setattr("drawings.PELICAN", "No.")
     monkeypatch.setattr(
         Fake, "answer", lambda self, p, s, r: answer(self.name, s, "No.", prompt=p, key=key_of(self, p, s))
     )

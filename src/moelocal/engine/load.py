@@ -252,7 +252,8 @@ def load(
     on_disk = 0 if snapshots == "0" else parse_size(snapshots, "snapshots")
 
     folder = prepared(model, quantization, revision=revision, offline=offline, progress=progress)
-    files = stamps(folder)  # before they are read, to see later whether they are still those
+    ModelConfig.read(folder)  # its errors first
+    files = stamps(folder)  # before the weights are read, to see later whether they are still those
     with _layer_bar(progress) as report:
         decoder = Decoder.open(folder, wanted, report, context=context, kv_bits=kv_bits)
     return Model(decoder, folder, "embedded" if model is None else str(model), on_disk, files)
