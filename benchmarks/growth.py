@@ -8,38 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 
+from moelocal.bench.speed import t_quantile
 from moelocal.config import AttentionSpec, DenseSpec, LayerSpec, ModelConfig
-from moelocal.evaluate.statistics import Bootstrap, Estimate
+from moelocal.evaluate.statistics import Estimate
 from moelocal.quantize.sizes import shapes_of
-
-# 0.975 quantiles of Student's t by degrees of freedom; those between are rounded down to the next smaller one
-_T: Final = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228,
-             12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980}  # fmt: skip
-
-
-def t_quantile(freedom: int) -> float:
-    """The 0.975 quantile of Student's t, at most a few percent too large between the rows of the table."""
-    return _T[max(each for each in _T if each <= freedom)]
-
-
-def ratio(over: Sequence[float], under: Sequence[float]) -> Estimate:
-    """The geometric mean of the ratios of pairs, with its 95 % interval by bootstrap over the pairs."""
-    logs = np.log(np.asarray(over, np.float64)) - np.log(np.asarray(under, np.float64))
-    return Bootstrap(len(logs)).mean([np.array([each]) for each in logs], np.exp)
 
 
 def exponent(x: Sequence[float], costs: Sequence[Sequence[float]]) -> Estimate:
-    """The slope of log cost over log x by least squares. `costs`: for each x its measurements.
+    """The slope of log cost over log x by least squares. `costs`: for each x its measurements, of which it takes the
+    geometric mean: rounds at one x share what a power law does not describe, so they are one point and not several.
 
-    The interval is that of Student's t for the slope, from the scatter around the line: noise, and what a power law
-    does not describe. Needs two different x.
+    The interval is that of Student's t for the slope, from the scatter of the points around the line. Needs two
+    different x, and three for an interval.
     """
-    u = np.log(np.repeat(np.asarray(x, np.float64), [len(each) for each in costs]))
-    v = np.log(np.concatenate([np.asarray(each, np.float64) for each in costs]))
+    u = np.log(np.asarray(x, np.float64))
+    v = np.array([np.log(np.asarray(each, np.float64)).mean() for each in costs])
     centred = u - u.mean()
     square = float(centred @ centred)
     slope = float(centred @ v) / square

@@ -9,7 +9,7 @@ another number of experts or layers. What a run does, and why both do the same w
 
 - In a round each program takes each point once, the two one right after the other, first the one, next time the other.
   Rounds go on while the time lasts (at least three); a figure is the median. Ratios are ours over mlx-lm in speed, the
-  geometric mean over the pairs with its 95 % interval (bootstrap); above 1 we are faster.
+  geometric mean over the pairs with its 95 % interval (Student's t of their logarithms); above 1 we are faster.
 - Exponents are slopes of log seconds per token over log context, experts or layers, with 95 % intervals. Beside them
   stands that of the work, multiply-adds counted from the config (benchmarks/growth.py). Cost grows faster than the work
   where the interval of the excess, the exponent of cost over work, lies above 0.
@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import synthetic
-from growth import decode_work, exponent, prefill_work, ratio
+from growth import decode_work, exponent, prefill_work
 from rich.console import Console
 from rich.progress import Progress
 from scale_report import FIGURES, draw, last_run, show, summary
@@ -50,7 +50,7 @@ from moelocal import machine
 from moelocal.bench import results
 from moelocal.bench.header import Header, Identity, command_line
 from moelocal.bench.results import Row
-from moelocal.bench.speed import Figure
+from moelocal.bench.speed import Figure, paired
 from moelocal.chat.command import exit_code
 from moelocal.config import ModelConfig
 from moelocal.errors import RequestError
@@ -197,7 +197,9 @@ class Measured:
                 sides = {program: self.rates(point.x, program, figure) for program in PROGRAMS}
                 for program, found in sides.items():
                     yield _row(*facts, names[program], where, figure, "tokens/s", found)
-                value = ratio(sides[OURS], sides[THEIRS])
+                value = paired(
+                    [ours / theirs for ours, theirs in zip(sides[OURS], sides[THEIRS], strict=True)]
+                )
                 yield Row(
                     *facts, f"{OURS} : {peer}", where, f"{figure} ratio", "ratio", value.value, value.low,
                     value.high, len(ours), f"same greedy choice: {sum(same)} of {len(same)}",

@@ -151,16 +151,14 @@ class Ours:
 
         session.sync(prompt)
         token = choose(session.logits)
-        fed = []
-        for _ in range(len(following) - 1):
-            after = choose(session.feed(token))
-            number = token.item()
-            assert isinstance(number, int)
-            yield number
-            fed.append(number)
-            token = after
         yield token.item()  # type: ignore[misc]
-        session.fed(fed)  # as every call does: what was decoded is kept for the next one
+        with session.answering():  # as every call does: what was decoded is kept for the next one
+            token = choose(session.feed(token))
+            for _ in range(len(following) - 2):
+                after = choose(session.feed(token))
+                yield token.item()  # type: ignore[misc]
+                token = after
+            yield token.item()  # type: ignore[misc]
 
 
 class Theirs:

@@ -7,6 +7,7 @@ runs on the same prompt, one after the other.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import numpy as np
 
 from moelocal.bench.peers import OURS, Loaded, Prompt, Sample, Side, SideFailed
 from moelocal.errors import RequestError
-from moelocal.evaluate.statistics import LEVEL, RESAMPLES, SEED, Estimate
+from moelocal.evaluate.statistics import Estimate
 
 CONTEXTS: Final = (0, *(512 << i for i in range(9)))
 """0 to 131,072 tokens in doublings."""
@@ -86,18 +87,25 @@ class Measured:
         return (paired(ratios), len(ratios)) if ratios else None
 
 
+# 0.975 quantiles of Student's t by degrees of freedom; those between are rounded down to the next smaller one
+_T: Final = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228,
+             12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980}  # fmt: skip
+
+
+def t_quantile(freedom: int) -> float:
+    """The 0.975 quantile of Student's t, at most a few percent too large between the rows of the table."""
+    return _T[max(each for each in _T if each <= freedom)]
+
+
 def paired(ratios: Sequence[float]) -> Estimate:
-    """The median of ratios of pairs, and its 95 % interval by bootstrap over the pairs (as `evaluate.statistics` over
-    sequences); no interval for one pair. Of logarithms, so that the ratio seen from the other side is its reciprocal.
-    """
-    logarithms = np.log(ratios)
-    value = float(np.exp(np.median(logarithms)))
-    if len(ratios) == 1:
-        return Estimate(value, None, None)
-    drawn = np.random.default_rng(SEED).choice(logarithms, (RESAMPLES, len(ratios)))
-    ends = np.quantile(np.median(drawn, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    low, high = np.exp(ends).tolist()
-    return Estimate(value, low, high)
+    """The geometric mean of ratios of pairs, and its 95 % interval by Student's t for the mean of their logarithms; no
+    interval for one pair. A bootstrap over so few pairs would be far too narrow."""
+    logarithms = np.log(np.asarray(ratios, np.float64))
+    count, middle = len(logarithms), float(logarithms.mean())
+    if count == 1:
+        return Estimate(math.exp(middle), None, None)
+    half = t_quantile(count - 1) * float(logarithms.std(ddof=1)) / math.sqrt(count)
+    return Estimate(math.exp(middle), math.exp(middle - half), math.exp(middle + half))
 
 
 def contexts_of(named: Sequence[int] | None, tokens: int, context: int, room: int) -> tuple[int, ...]:

@@ -283,7 +283,11 @@ def _steps(
         return step
 
     step = choose(session.logits)
-    for _ in range(most - 1):
+    yield step  # alone: when it comes is a matter of the prompt, and what is timed behind it are whole steps
+    if most == 1:
+        return
+    step = choose(session.feed(step.token))
+    for _ in range(most - 2):
         following = choose(session.feed(step.token))
         yield step
         step = following
