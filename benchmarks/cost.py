@@ -18,6 +18,7 @@ from moelocal.bench.header import Header, command_line
 from moelocal.bench.results import Row
 from moelocal.chat.command import exit_code
 from moelocal.cost import command
+from moelocal.errors import RequestError
 
 MODELS = ("gpt-4o-mini-2024-07-18", "gpt-4.1", "gpt-5-mini", "gpt-5.6-luna", "some-new-model")
 CLAUDES = ("claude-sonnet-4-5-20250929", "claude-haiku-4-5", "claude-opus-4-8", "claude-haiku-5-5")
@@ -186,12 +187,20 @@ def main() -> int:
     parsed = parser.parse_args()
     if parsed.lines < 1 or parsed.rounds < 1:
         parser.error("--lines and --rounds: expected 1 or more")
+    return exit_code(run, parsed)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Write the log, and measure. Raises `RequestError`, also if it cannot be written."""
     with tempfile.TemporaryDirectory() as folder:
         log = parsed.keep or Path(folder) / "log.jsonl"
-        with log.open("wb") as stream:
-            stream.writelines(lines(parsed.lines, parsed.log_seed))
+        try:
+            with log.open("wb") as stream:
+                stream.writelines(lines(parsed.lines, parsed.log_seed))
+        except OSError as error:
+            raise RequestError(f"{log}: the log cannot be written: {error.strerror}") from None
         parsed.logs = [log]
-        return exit_code(measure, parsed)
+        measure(parsed)
 
 
 def measure(parsed: argparse.Namespace) -> None:

@@ -188,6 +188,80 @@ def test_prompts_are_asked_again_on_one_page(log, tmp_path, capsys):
     assert f"3 of {found['offered']} calls" in text and "seed 5" in text
 
 
+def test_a_log_of_local_calls_alone_says_their_tokens_and_time(tmp_path, capsys):
+    usage = {"prompt": 1000, "completion": 50, "cached": 0}
+    line = {"log": "moelocal", "model": "embedded", "messages": []}
+    lines = [line | {"completion": {"text": "", "usage": usage, "timing": timing}}
+             for timing in ({"total_seconds": 1.5}, {"total_seconds": 2.25}, {})]  # fmt: skip
+    file = tmp_path / "log.jsonl"
+    for count, said in (
+        (3, "3.8 s of answering, as the log says, of 2 of them; the others have no time"),
+        (2, "3.8 s of answering, as the log says"),
+    ):
+        file.write_text("\n".join(map(json.dumps, lines[:count])))
+        assert cost(file, "--json") == 0
+        output = capsys.readouterr().out
+        text = f"local      {count} calls, {1000 * count:,} tokens in, {50 * count} out"
+        assert f"{text}; --local-as MODEL says what they would have cost\n           {said}\n" in output
+        assert "No call that somebody billed." in output
+        assert json.loads(output.splitlines()[-1])["local_time"] == {"calls": 2, "seconds": 3.75}
+    file.write_text(json.dumps(lines[2]))
+    assert cost(file) == 0
+    assert "           how long they took, the log does not say\n" in capsys.readouterr().out
+
+
+def test_a_bad_item_of_a_page_is_named_and_the_others_are_counted(tmp_path, capsys):
+    call = {"object": "chat.completion", "model": "gpt-4.1", "choices": [], "usage": {"prompt_tokens": 5}}
+    bad = call | {"usage": {"prompt_tokens": -1}}
+    file = tmp_path / "page.jsonl"
+    file.write_text(json.dumps({"object": "list", "data": [call, bad, call]}))
+    assert cost(file, "--json") == 0
+    output = capsys.readouterr().out
+    assert (
+        "           of the pages 1 items malformed, 0 of unknown shape\n"
+        f"           malformed: {file}: line 1, item 2: usage.prompt_tokens: expected a number of tokens, got -1\n"
+    ) in output
+    found = json.loads(output.splitlines()[-1])
+    assert (found["total"]["calls"], found["items"]) == (2, {"malformed": 1, "unknown": 0})
+
+
+def test_more_calls_than_the_machine_answers_are_said(tmp_path, capsys):
+    usage = {"prompt_tokens": 1000, "completion_tokens": 500}
+    file = tmp_path / "log.jsonl"
+    call = {"object": "chat.completion", "model": "gpt-4", "choices": [], "usage": usage}
+    step = 25 * 3600 / 2999
+    file.write_text("\n".join(json.dumps(call | {"created": 1767225600 + n * step}) for n in range(3000)))
+    flags = ("--tokens-per-second", 5, "--watts", 0, "--machine-price", 2400)
+    assert cost(file, *flags, "--json") == 0
+    output = capsys.readouterr().out
+    even = json.loads(output.splitlines()[-1])["break_even"]
+    month = 365.25 / 12 * 86_400
+    most = month / (500 / 5 + 1000 / 500)  # seconds of a call: decode, and prefill as assumed
+    assert even["most_calls"] == pytest.approx(most)
+    assert even["calls_per_month"] == pytest.approx(3000 / (25 * 3600) * month)
+    # gpt-4 takes 30 and 60 dollars per million
+    months = 2400 / ((1000 * 30 + 500 * 60) / 1e6 * most)
+    assert even["months"] == pytest.approx(months)
+    volume = 3000 / (25 * 3600) * month
+    assert (
+        f"  This log: {volume:,.0f} calls/month, more than this machine answers one after the other.\n"
+        f"  The {most:,.0f} a month that it does answer pay for it in {months:,.1f} months.\n"
+    ) in output
+
+
+def test_a_page_of_somebody_else_is_refused_before_anything_is_asked(log, tmp_path, capsys):
+    file = tmp_path / "cost.html"
+    file.write_text("my own")
+    assert cost(log, "--sample", 1, "--page", file) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        f"moelocal: error: {file}: is there already, and is no page of moelocal cost; "
+        "name another file with --page, or move it away\n"
+    )
+    assert file.read_text() == "my own"
+
+
 def test_local_calls_can_be_priced_as_those_of_another_model(tmp_path, capsys):
     line = {"log": "moelocal", "time": "2026-11-01", "model": "embedded", "messages": []}
     line["completion"] = {
@@ -269,6 +343,14 @@ def test_the_price_table_can_be_copied_and_is_used(log, capsys):
 def test_what_cannot_work_is_refused_in_one_line(log, flags, message, capsys):
     assert cost(*(str(log) if flag == "{log}" else flag for flag in flags)) == 1
     assert capsys.readouterr().err == f"moelocal: error: {message}\n"
+
+
+def test_the_script_refuses_a_log_that_it_cannot_write(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/cost.py", "--keep", "/nope/x"])
+    assert script.main() == 1
+    assert capsys.readouterr().err == (
+        "moelocal: error: /nope/x: the log cannot be written: No such file or directory\n"
+    )
 
 
 def test_the_script_reports_and_adds_its_seconds_to_the_results(tmp_path, capsys, monkeypatch):

@@ -80,6 +80,30 @@ def test_a_named_model_counts_alone_and_a_small_one_warns():
     assert local.machine(ROWS, "embedded", 1000.0, decode=30.0).warning == ""
 
 
+SHAPE = Identity("flagship layers=4", "4 bits", 90 << 30, "cc")
+
+
+def test_random_weights_are_not_the_speed_of_this_machine(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "synthetic.json").write_text("{}")
+    written = Identity(str(folder), "4 bits", 80 << 30, "dd")
+    renamed = Identity("/no/small-layers=4-experts=64", "4 bits", 70 << 30, "ee")
+    shapes = [row("decode", 7000.0, 1024, model) for model in (SHAPE, written, renamed)]
+    here = local.machine([*ROWS, *shapes], None, 1024.0)
+    assert (here.decode.value, here.warning) == (60.0, "")
+    assert local.machine(shapes, None, 1024.0).decode.origin.startswith("assumed")
+
+
+def test_random_weights_that_are_named_warn():
+    here = local.machine([row("decode", 7000.0, 1024, SHAPE)], SHAPE.name, 1024.0)
+    assert here.decode.value == 7000.0
+    assert here.warning == (
+        "the speeds were measured with flagship layers=4, a shape with random weights, which answers nothing; measure "
+        "a real model with moelocal bench, or give --tokens-per-second"
+    )
+
+
 def test_what_is_given_counts_before_what_was_measured():
     here = local.machine(ROWS, None, 1000.0, prefill=1.0, decode=2.0, watts=3.0, price=0.0)
     assert [
@@ -120,6 +144,14 @@ def test_break_even_is_the_formula():
     assert even.tokens == pytest.approx(100 / 0.008 * 500)
     assert even.months == pytest.approx(3600 / (0.008 * 5000))
     assert even.most_calls == pytest.approx(SECONDS_PER_MONTH)  # a second each
+
+
+@pytest.mark.parametrize(("volume", "answered"), [(500.0, 500.0), (1000.0, 1000.0), (5000.0, 1000.0)])
+def test_a_machine_is_paid_for_by_no_more_calls_than_it_answers(volume, answered):
+    slow = Local(0.0, SECONDS_PER_MONTH / 10, 0.0, 0.0)  # 100 calls in a tenth of a month
+    even = local.break_even(2400.0, 3.0, api=1.0, local=slow, calls=100, tokens=1, calls_per_month=volume)
+    assert even.most_calls == pytest.approx(1000.0)
+    assert even.months == pytest.approx(2400 / (0.01 * answered))
 
 
 def test_where_a_call_saves_nothing_there_is_no_break_even():

@@ -33,10 +33,25 @@ def test_each_fate_is_counted_and_the_first_are_named(tmp_path):
     entries, lines = read(file)
     assert [place.line for place, _ in entries] == [1, 6, 9]
     assert lines.counts == {"read": 3, "empty": 2, "malformed": 3, "unknown": 1}
-    assert lines.shown["malformed"][0] == (str(file), 3, "not JSON: Expecting value, character 7")
-    assert lines.shown["malformed"][1] == (str(file), 4, "not UTF-8 text: byte 1")
-    assert lines.shown["malformed"][2][:2] == (str(file), 8)
-    assert lines.shown["unknown"] == [(str(file), 5, "an object with level")]
+    assert lines.shown["malformed"][0] == (str(file), "line 3", "not JSON: Expecting value, character 7")
+    assert lines.shown["malformed"][1] == (str(file), "line 4", "not UTF-8 text: byte 1")
+    assert lines.shown["malformed"][2][:2] == (str(file), "line 8")
+    assert lines.shown["unknown"] == [(str(file), "line 5", "an object with level")]
+
+
+def test_a_bad_item_of_a_page_loses_none_of_the_others(tmp_path):
+    good = json.loads(CALL)
+    bad = good | {"usage": {"prompt_tokens": -1}}
+    file = tmp_path / "log.jsonl"
+    file.write_text(json.dumps({"object": "list", "data": [good, bad, {"x": 1}, good]}))
+    entries, lines = read(file)
+    assert [place for place, _ in entries] == [Place(0, 1, 0), Place(0, 1, 3)]
+    assert lines.counts == {"read": 1, "empty": 0, "malformed": 0, "unknown": 0}
+    assert lines.items == {"malformed": 1, "unknown": 1}
+    reason = "usage.prompt_tokens: expected a number of tokens, got -1"
+    assert lines.shown["malformed"] == [(str(file), "line 1, item 2", reason)]
+    assert lines.shown["unknown"] == [(str(file), "line 1, item 3", "an object with x")]
+    assert Logs.find([file]).reread([Place(0, 1, 3)]) == dict(entries[1:])
 
 
 def test_only_the_first_few_are_kept(tmp_path):
@@ -116,7 +131,7 @@ def test_a_line_that_is_too_long_is_passed_over(tmp_path, monkeypatch):
     file.write_bytes(CALL + b"\n" + b"x" * (3 << 20) + b"\n" + CALL)
     entries, lines = read(file)
     assert [place.line for place, _ in entries] == [1, 3]
-    assert lines.shown["malformed"] == [(str(file), 2, "longer than 1 MB")]
+    assert lines.shown["malformed"] == [(str(file), "line 2", "longer than 1 MB")]
 
 
 def test_places_lead_back_to_their_entries(tmp_path):

@@ -89,11 +89,23 @@ def test_half_a_surrogate_pair_can_be_written(tmp_path):
 
 def test_the_file_is_for_its_owner_alone_and_whole(tmp_path):
     file = tmp_path / "cost.html"
-    file.write_text("old")
-    page.write(file, "new")
-    assert file.read_text() == "new"
+    page.write(file, render("old"))
+    page.write(file, render("new"))
+    assert file.read_text() == render("new")
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("content", ["", "my own notes", "<!doctype html><title>mine</title>"])
+def test_a_file_that_is_no_page_of_ours_stays(tmp_path, content):
+    file = tmp_path / "cost.html"
+    file.write_text(content)
+    with pytest.raises(RequestError) as caught:
+        page.write(file, render("new"))
+    assert str(caught.value) == (
+        f"{file}: is there already, and is no page of moelocal cost; name another file with --page, or move it away"
+    )
+    assert file.read_text() == content
 
 
 def test_a_page_that_cannot_be_written_says_so(tmp_path):

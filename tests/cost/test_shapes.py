@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moelocal.cost.fields import Malformed, Tokens, UnknownShape
 from moelocal.cost.record import append
-from moelocal.cost.shapes import Entry, parse
+from moelocal.cost.shapes import Entry, page_of, parse
 from moelocal.engine.completion import Completion, Timing, Usage
 from moelocal.errors import RequestError
 
@@ -65,8 +65,7 @@ ANTHROPIC = Tokens(fresh=14, cached=10, written=20, written_hour=10, output=8)
 
 def one(value: object) -> Entry:
     """The only entry of a line, as JSON brings it."""
-    (entry,) = parse(json.loads(json.dumps(value)))
-    return entry
+    return parse(json.loads(json.dumps(value)))
 
 
 def test_a_chat_completion_with_its_request():
@@ -98,8 +97,10 @@ def test_a_chat_completion_alone_has_no_prompt():
 
 
 def test_a_page_of_stored_completions_holds_several():
-    entries = parse({"object": "list", "data": [CHAT, RESPONSE], "has_more": False})
-    assert [entry.shape for entry in entries] == ["OpenAI chat completion", "OpenAI response"]
+    assert page_of({"object": "list", "data": [CHAT, RESPONSE], "has_more": False}) == [CHAT, RESPONSE]
+    data = [{"object": "embedding", "index": 0, "embedding": [0.1]}]
+    assert page_of({"object": "list", "data": data}) is None  # one call
+    assert page_of(CHAT) is page_of([CHAT]) is page_of({"object": "list", "data": 1}) is None
 
 
 def test_a_response_with_its_request():
@@ -170,6 +171,28 @@ def test_a_message_of_anthropic_counts_its_cache_beside_its_input():
     assert ANTHROPIC.prompt == 14 + 10 + 30
     assert entry.prompt is not None
     assert entry.prompt.messages == (("system", "Be brief."), ("user", "What is 2+2?"))
+
+
+@pytest.mark.parametrize(
+    ("split", "written", "hour"),
+    [
+        ({"ephemeral_5m_input_tokens": 300}, 300, 0),
+        ({"ephemeral_5m_input_tokens": 300, "ephemeral_1h_input_tokens": 40}, 300, 40),
+        ({"ephemeral_1h_input_tokens": 40}, 0, 40),
+        (None, 0, 0),
+    ],
+)
+@pytest.mark.parametrize("total", [{}, {"cache_creation_input_tokens": None}])
+def test_cache_writes_of_anthropic_without_their_sum(split, written, hour, total):
+    usage = {"input_tokens": 14, "output_tokens": 8, "cache_creation": split} | total
+    assert one(MESSAGE | {"usage": usage}).tokens == Tokens(14, 0, written, hour, 8)
+
+
+def test_more_cache_writes_for_an_hour_than_in_all_are_damage():
+    usage = MESSAGE["usage"] | {"cache_creation_input_tokens": 9}
+    with pytest.raises(Malformed) as caught:
+        parse(MESSAGE | {"usage": usage})
+    assert str(caught.value) == "usage: 10 tokens written for an hour of 9 written"
 
 
 def test_the_files_of_an_anthropic_batch():
@@ -278,7 +301,7 @@ def test_what_is_no_call_says_what_it_looks_like(value, message):
     ],
 )
 def test_dates_in_the_forms_that_logs_use(stamp, expected):
-    (entry,) = parse({"timestamp": stamp, "request": {"messages": ASKED}, "response": MESSAGE})
+    entry = parse({"timestamp": stamp, "request": {"messages": ASKED}, "response": MESSAGE})
     assert entry.when == expected
 
 
@@ -353,11 +376,11 @@ def test_any_damage_to_a_field_is_read_or_named(base, data):
         holder = inner
     holder[key] = data.draw(JSON)
     try:
-        entries = parse(line)
+        entry = parse(line)
     except (Malformed, UnknownShape) as error:
         assert str(error)
     else:
-        assert all(entry.tokens is None or entry.tokens.prompt >= 0 for entry in entries)
+        assert entry.tokens is None or entry.tokens.prompt >= 0
 
 
 @given(JSON)

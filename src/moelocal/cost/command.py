@@ -289,6 +289,10 @@ def _check(parsed: argparse.Namespace) -> None:
             raise RequestError(f"{flag} {file}: is a folder; expected the name of a file")
         if not file.absolute().parent.is_dir():
             raise RequestError(f"{flag} {file}: no folder {file.absolute().parent}")
+    if parsed.sample:
+        from moelocal.cost import page  # imported here: only a sample needs jinja2
+
+        page.require_own(parsed.page)
     if parsed.plot is not None:
         if parsed.plot.suffix not in _PICTURES:
             raise RequestError(f"--plot {parsed.plot}: expected a name that ends in {', '.join(_PICTURES)}")

@@ -89,8 +89,9 @@ class _Waiting:
 @dataclass(slots=True)
 class Tally:
     """All sums. `cells`: by model and kind; `months`: by month and model; `unpriced`: calls by model; `assumed`: calls
-    priced with an assumption, by it; `ours`: local calls, which nobody billed, at the prices of `local_as`;
-    `without_input`: calls whose input is neither recorded nor on the line, so that their sums are too low."""
+    priced with an assumption, by it; `ours`: local calls, which nobody billed, at the prices of `local_as`, of which
+    `ours_timed` have their time recorded, `ours_seconds` in all; `without_input`: calls whose input is neither
+    recorded nor on the line, so that their sums are too low."""
 
     prices: Prices
     count: Count
@@ -99,6 +100,8 @@ class Tally:
     cells: dict[tuple[str, str], Sum] = field(default_factory=dict)
     months: dict[tuple[str, str], Sum] = field(default_factory=dict)
     ours: Sum = field(default_factory=Sum)
+    ours_timed: int = 0
+    ours_seconds: float = 0.0
     shapes: Counter[str] = field(default_factory=Counter)
     unpriced: Counter[str] = field(default_factory=Counter)
     assumed: Counter[str] = field(default_factory=Counter)
@@ -182,6 +185,9 @@ class Tally:
             day = entry.when.date() if entry.when else None
             price = self.prices.find(self.local_as, day, tokens.prompt) if self.local_as else None
             self.ours.add(tokens, price.cost(tokens) if price else None, estimated)
+            if entry.seconds is not None:
+                self.ours_timed += 1
+                self.ours_seconds += entry.seconds
             return
         model = _capped(entry.model or UNNAMED, self._models)
         self._models.add(model)

@@ -165,10 +165,10 @@ def anthropic_tokens(usage: object) -> Tokens | None:
     written = count_of(usage, "cache_creation_input_tokens")
     split = as_object(usage.get("cache_creation") or {}, "usage.cache_creation")
     hour = count_of(split, "ephemeral_1h_input_tokens")
-    if hour > written:
-        if "cache_creation_input_tokens" in usage:
-            raise Malformed(f"usage: {hour} tokens written for an hour of {written} written")
+    if usage.get("cache_creation_input_tokens") is None:  # then only its parts say what was written
         written = hour + count_of(split, "ephemeral_5m_input_tokens")
+    elif hour > written:
+        raise Malformed(f"usage: {hour} tokens written for an hour of {written} written")
     cached = count_of(usage, "cache_read_input_tokens")
     return Tokens(
         count_of(usage, "input_tokens"), cached, written - hour, hour, count_of(usage, "output_tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ SECONDS_PER_MONTH: Final = 365.25 / 12 * 86_400
 _JOULES_PER_KWH: Final = 3.6e6
 TOY: Final = 1 << 30
 """Bytes of a model below which its speed says nothing about one that could take over such calls."""
+_SHAPE: Final = re.compile(r"[ -][a-z_]+=\d+")
+_MANIFEST: Final = "synthetic.json"
+"""What gives random weights away: a part of their name, which no name on Hugging Face can hold, or this file."""
 
 DECODE: Final = 30.0
 PREFILL: Final = 500.0
@@ -73,8 +77,9 @@ def cost(machine: Machine, prompt: int, output: int) -> Local:
 @dataclass(frozen=True, slots=True)
 class BreakEven:
     """Calls and tokens per month at which a machine's price over its years equals what the calls save; None if a call
-    saves nothing. `most_calls`: per month that it can take one after the other; `months`: until the log's own volume
-    has paid for it, None if it never does or the volume per month is unknown. All per call of the log's average mix."""
+    saves nothing. `most_calls`: per month that it can take one after the other; `months`: until the log's own volume,
+    as far as the machine can take it, has paid for it, None if it never does or the volume per month is unknown. All
+    per call of the log's average mix."""
 
     machine_price: float
     years: float
@@ -101,9 +106,10 @@ def break_even(
     per_call, local_per_call = api / calls, local.dollars / calls
     saving = per_call - local_per_call
     needed = machine_price / (12 * years) / saving if saving > 0 else None
+    most = SECONDS_PER_MONTH * calls / local.seconds if local.seconds else None
     months = None
     if saving > 0 and calls_per_month:
-        months = machine_price / (saving * calls_per_month)
+        months = machine_price / (saving * min(calls_per_month, most or calls_per_month))
     return BreakEven(
         machine_price,
         years,
@@ -111,7 +117,7 @@ def break_even(
         local_per_call,
         needed,
         None if needed is None else needed * tokens / calls,
-        SECONDS_PER_MONTH * calls / local.seconds if local.seconds else None,
+        most,
         calls_per_month,
         months,
     )
@@ -129,23 +135,29 @@ def machine(
 ) -> Machine:
     """What is given counts, else what `rows` measured, else the assumptions.
 
-    Of the rows those of `model` are taken (None: of the largest model that was measured), at the context nearest to
-    `prompt` tokens, and of those the newest.
+    Of the rows those of `model` are taken (None: of the largest model that was measured, random weights left out), at
+    the context nearest to `prompt` tokens, and of those the newest.
     """
     speeds = [row for row in rows if row.benchmark == "speed" and row.program == "moelocal" and row.model]
     if model is not None:
         speeds = [row for row in speeds if row.model and Path(row.model.name).name == Path(model).name]
-    elif speeds:
+    elif speeds := [row for row in speeds if row.model and not _is_synthetic(row.model.name)]:
         largest = max(row.model.nbytes for row in speeds if row.model)
         speeds = [row for row in speeds if row.model and row.model.nbytes == largest]
     found_prefill, found_decode = _nearest(speeds, "prefill", prompt), _nearest(speeds, "decode", prompt)
     used = [row for row, flag in ((found_prefill, prefill), (found_decode, decode)) if row and flag is None]
     warning = ""
-    if used and used[0].model and used[0].model.nbytes < TOY:
-        warning = (
-            f"the speeds were measured with {used[0].model.name}, which is far too small to take over such calls; "
-            "measure a real model with moelocal bench, or give --tokens-per-second"
-        )
+    if used and used[0].model:
+        name, why = used[0].model.name, ""
+        if _is_synthetic(name):
+            why = "a shape with random weights, which answers nothing"
+        elif used[0].model.nbytes < TOY:
+            why = "which is far too small to take over such calls"
+        if why:
+            warning = (
+                f"the speeds were measured with {name}, {why}; "
+                "measure a real model with moelocal bench, or give --tokens-per-second"
+            )
     prefill_figure = _figure(prefill, "--prefill-tokens-per-second", found_prefill, PREFILL)
     decode_figure = _figure(decode, "--tokens-per-second", found_decode, DECODE)
     return Machine(
@@ -156,6 +168,17 @@ def machine(
         _figure(price, "--price-per-kwh", None, PRICE_PER_KWH),
         warning,
     )
+
+
+def _is_synthetic(name: str) -> bool:
+    """Whether a model in the results is a shape with random weights (benchmarks/synthetic.py): by its name, such as
+    "small layers=4 experts=64", or by the manifest in its folder."""
+    if _SHAPE.search(Path(name).name):
+        return True
+    try:
+        return (Path(name).expanduser() / _MANIFEST).is_file()
+    except (OSError, RuntimeError, ValueError):  # ~nobody, a zero byte, a name too long
+        return False
 
 
 def measured(folder: Path, slug: str) -> list[Row]:

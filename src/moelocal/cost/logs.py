@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal, cast
 
 from moelocal.cost.fields import Malformed, UnknownShape, clean
-from moelocal.cost.shapes import Entry, parse
+from moelocal.cost.shapes import Entry, page_of, parse
 from moelocal.errors import RequestError
 
 SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".log")
@@ -31,7 +31,7 @@ Fate = Literal["read", "empty", "malformed", "unknown"]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an entry stands: the number of its file, its line from 1, its number on the line from 0."""
+    """Where an entry stands: the number of its file, its line from 1, its number on the line from 0 (in a page)."""
 
     file: int
     line: int
@@ -40,14 +40,15 @@ class Place:
 
 @dataclass(slots=True)
 class Lines:
-    """How many lines there were, and what became of them. `shown`: the first few of each fate that were not read, as
-    (file, line, reason); `reasons`: how many of each reason for unknown shapes; `damaged`: files that end too early;
-    `left_out`: files of folders whose names are not those of logs."""
+    """How many lines there were, and what became of them. `items`: of pages, which count as read, those that were not;
+    `shown`: the first few of each fate that were not read, as (file, "line 3" or "line 1, item 2", reason); `damaged`:
+    files that end too early; `left_out`: files of folders whose names are not those of logs."""
 
     counts: dict[Fate, int] = field(
         default_factory=lambda: {"read": 0, "empty": 0, "malformed": 0, "unknown": 0}
     )
-    shown: dict[Fate, list[tuple[str, int, str]]] = field(
+    items: dict[Fate, int] = field(default_factory=lambda: {"malformed": 0, "unknown": 0})
+    shown: dict[Fate, list[tuple[str, str, str]]] = field(
         default_factory=lambda: {"malformed": [], "unknown": []}
     )
     damaged: list[str] = field(default_factory=list)
@@ -61,8 +62,17 @@ class Lines:
     def count(self, fate: Fate, file: Path, line: int, reason: str = "") -> None:
         """One more line."""
         self.counts[fate] += 1
-        if fate in self.shown and len(self.shown[fate]) < _SHOWN:
-            self.shown[fate].append((str(file), line, reason))
+        if fate in self.shown:
+            self._show(fate, file, f"line {line}", reason)
+
+    def count_item(self, fate: Fate, file: Path, line: int, item: int, reason: str) -> None:
+        """One more item of a page that was not read; `item` from 0."""
+        self.items[fate] += 1
+        self._show(fate, file, f"line {line}, item {item + 1}", reason)
+
+    def _show(self, fate: Fate, file: Path, where: str, reason: str) -> None:
+        if len(self.shown[fate]) < _SHOWN:
+            self.shown[fate].append((str(file), where, reason))
 
 
 class Logs:
@@ -119,7 +129,7 @@ class Logs:
                     for number, line in _values(file, raw, lines):
                         if progress and number % 256 == 1:
                             progress(done + raw.tell(), total)
-                        for item, entry in enumerate(_entries(line, file, number, lines)):
+                        for item, entry in _entries(line, file, number, lines):
                             yield Place(index, number, item), entry
                     done += raw.tell()
             except OSError as error:
@@ -138,7 +148,7 @@ class Logs:
             with self.files[index].open("rb") as raw:
                 for number, line in _values(self.files[index], raw, lines):
                     if number in numbers:
-                        for item, entry in enumerate(_entries(line, self.files[index], number, lines)):
+                        for item, entry in _entries(line, self.files[index], number, lines):
                             found[Place(index, number, item)] = entry
                     if number >= last:
                         break
@@ -188,8 +198,13 @@ def _whole(stream: BinaryIO) -> Any:
         return None
 
 
-def _entries(line: Any, file: Path, number: int, lines: Lines) -> list[Entry]:
-    """The entries of a line, which is counted here."""
+_UNREAD: Final = (Malformed, UnknownShape, ValueError, RecursionError)
+"""ValueError: not JSON, not UTF-8, or a number of thousands of digits."""
+
+
+def _entries(line: Any, file: Path, number: int, lines: Lines) -> list[tuple[int, Entry]]:
+    """The entries of a line with their numbers on it, from 0. The line is counted here; a bad item of a page loses
+    none of the others."""
     try:
         if line is _TOO_LONG:
             raise Malformed(f"longer than {LONGEST >> 20} MB")
@@ -198,18 +213,27 @@ def _entries(line: Any, file: Path, number: int, lines: Lines) -> list[Entry]:
                 lines.count("empty", file, number)
                 return []
             line = json.loads(line.decode().rstrip("\r\n"))
-        entries = parse(line)
-    except json.JSONDecodeError as error:
-        lines.count("malformed", file, number, f"not JSON: {error.msg}, character {error.pos + 1}")
-    except UnicodeDecodeError as error:
-        lines.count("malformed", file, number, f"not UTF-8 text: byte {error.start + 1}")
-    except (Malformed, ValueError) as error:  # ValueError: a number of thousands of digits
-        lines.count("malformed", file, number, clean(str(error)))
-    except RecursionError:
-        lines.count("malformed", file, number, "nested too deeply")
-    except UnknownShape as error:
-        lines.count("unknown", file, number, clean(str(error)))
-    else:
-        lines.count("read", file, number)
-        return entries
-    return []
+        items = page_of(line)
+        found = [(0, parse(line))] if items is None else []
+    except _UNREAD as error:
+        lines.count(_fate(error), file, number, _reason(error))
+        return []
+    lines.count("read", file, number)
+    for item, value in enumerate(items or ()):
+        try:
+            found.append((item, parse(value)))
+        except _UNREAD as error:
+            lines.count_item(_fate(error), file, number, item, _reason(error))
+    return found
+
+
+def _fate(error: Exception) -> Fate:
+    return "unknown" if isinstance(error, UnknownShape) else "malformed"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg}, character {error.pos + 1}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text: byte {error.start + 1}"
+    return "nested too deeply" if isinstance(error, RecursionError) else clean(str(error))

@@ -61,10 +61,15 @@ class Report:
             f"lines      {counts['read']:,} read, {counts['empty']:,} empty, {counts['malformed']:,} malformed, "
             f"{counts['unknown']:,} of unknown shape"
         )
+        if any(lines.items.values()):
+            yield (
+                f"           of the pages {lines.items['malformed']:,} items malformed, "
+                f"{lines.items['unknown']:,} of unknown shape"
+            )
         for fate, shown in lines.shown.items():
-            for file, line, reason in shown:
-                yield f"           {fate}: {file}: line {line}: {reason}"
-            if (more := counts[fate] - len(shown)) > 0:
+            for file, where, reason in shown:
+                yield f"           {fate}: {file}: {where}: {reason}"
+            if (more := counts[fate] + lines.items[fate] - len(shown)) > 0:
                 yield f"           {fate}: and {more:,} more"
         for damage in lines.damaged:
             yield f"           {damage}"
@@ -101,6 +106,12 @@ class Report:
             yield f"{line}; --local-as MODEL says what they would have cost"
         else:
             yield f"{line}; {ours.priced:,} of them priced as {model}: ${ours.dollars:,.2f}"
+        timed = self.tally.ours_timed
+        if timed:
+            whole = "" if timed == ours.calls else f", of {timed:,} of them; the others have no time"
+            yield f"           {_hours(self.tally.ours_seconds)} of answering, as the log says{whole}"
+        else:
+            yield "           how long they took, the log does not say"
 
     def _table(self, title: str, rows: Mapping[str, Sum]) -> Iterator[str]:
         """`here`: what the calls of a row would take on this machine, priced or not."""
@@ -185,8 +196,12 @@ class Report:
         if even.calls_per_month is None:
             yield "  The log's own volume per month is unknown: its dates span less than a day."
         elif even.months is not None:
-            volume = f"{even.calls_per_month:,.0f} calls/month"
-            yield f"  This log: {volume}; they pay for the machine in {even.months:,.1f} months."
+            volume, most = f"{even.calls_per_month:,.0f} calls/month", even.most_calls
+            if most is not None and even.calls_per_month > most:
+                yield f"  This log: {volume}, more than this machine answers one after the other."
+                yield f"  The {most:,.0f} a month that it does answer pay for it in {even.months:,.1f} months."
+            else:
+                yield f"  This log: {volume}; they pay for the machine in {even.months:,.1f} months."
 
     def as_dict(self) -> dict[str, Any]:
         """For programs."""
@@ -195,6 +210,7 @@ class Report:
             "files": len(self.logs.files),
             "nbytes": self.logs.nbytes,
             "lines": {"total": self.lines.total, **self.lines.counts, "left_out_files": self.lines.left_out},
+            "items": dict(self.lines.items),
             "damaged": self.lines.damaged,
             "entries": tally.entries,
             "repeated": tally.repeated,
@@ -205,6 +221,7 @@ class Report:
                 "ambiguous": tally.ambiguous,
             },
             "local_calls": tally.ours.calls,
+            "local_time": {"calls": tally.ours_timed, "seconds": tally.ours_seconds},
             "local_as": {"model": tally.local_as, **_sum(tally.ours)},
             "shapes": dict(tally.shapes),
             "total": _sum(tally.total),

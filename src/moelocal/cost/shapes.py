@@ -46,39 +46,42 @@ class Entry:
     reason: str = ""
 
 
-def parse(value: object) -> list[Entry]:
-    """The calls of one JSON value: mostly one, for a page of stored completions several. Raises `Malformed`,
-    `UnknownShape`."""
+def page_of(value: object) -> list[Any] | None:
+    """The items of a page of stored completions, for `parse` one by one; None for anything else."""
+    if isinstance(value, dict) and value.get("object") == "list" and not _is_embeddings(value):
+        items = value.get("data")
+        return items if isinstance(items, list) else None
+    return None
+
+
+def parse(value: object) -> Entry:
+    """What one JSON value records, if it is no page. Raises `Malformed`, `UnknownShape`."""
     if not isinstance(value, dict):
         raise UnknownShape(f"{fields.kind(value)}, not an object")
     if value.get("log") == "moelocal":
-        return [_ours(value, value.get("completion"))]
+        return _ours(value, value.get("completion"))
     if "custom_id" in value and "request" not in value:
-        return [_batch(value)]
-    if value.get("object") == "list" and isinstance(value.get("data"), list) and not _is_embeddings(value):
-        return [entry for item in value["data"] for entry in parse(item)]
+        return _batch(value)
     response = value.get("response")
     if isinstance(response, dict):
         request = value.get("request", value)
-        return [_pair({} if request is None else fields.as_object(request, "request"), response, value)]
+        return _pair({} if request is None else fields.as_object(request, "request"), response, value)
     if _is_response(value):
         asked = "messages" in value or "input" in value
-        return [_pair(value if asked else {}, value, value)]
+        return _pair(value if asked else {}, value, value)
     usage = value.get("usage")
     if "timing" in value and isinstance(usage, dict) and "completion" in usage:
-        return [_ours({}, value)]
+        return _ours({}, value)
     if isinstance(value.get("error"), dict):
-        return [
-            Entry(
-                "failed call",
-                "failed",
-                fields.model_of(value, value),
-                fields.time_of(value),
-                reason=fields.error_of(value["error"]),
-            )
-        ]
+        return Entry(
+            "failed call",
+            "failed",
+            fields.model_of(value, value),
+            fields.time_of(value),
+            reason=fields.error_of(value["error"]),
+        )
     if "model" in value and ("messages" in value or "input" in value):
-        return [_request(value, value)]
+        return _request(value, value)
     keys = ", ".join(sorted(clean(key) for key in value)[:6])
     raise UnknownShape(f"an object with {keys}" if keys else "an empty object")
 
