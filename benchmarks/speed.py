@@ -17,8 +17,8 @@ moelocal and mlx-lm each run in a process of their own. If both fit into memory 
 run; if not, each is loaded anew in every round, alone. A context is read and decoded once per process before it counts.
 A figure is the median over the rounds, with the least and the largest; a ratio is the geometric mean over pairs of runs
 on the same prompt, with a 95 % interval by Student's t of their logarithms. mlx-lm runs with MLX's own environment,
-without what moelocal sets for itself; on the CPU in float32, as ours does, since MLX's product of experts knows no other
-there.
+without what moelocal sets for itself; on the CPU in float32, as ours does, since MLX's product of experts knows no
+other there.
 
 The tokens of each pair are compared. Those of a server are known as text only: it is cut by our tokenizer, without the
 marks of thinking. Its figures include HTTP, and its model may be quantized in another way: its user has to know.

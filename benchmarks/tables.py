@@ -92,11 +92,20 @@ def filled(text: str, rows: Sequence[Row], where: str = "page") -> str:
 # the tables
 
 
+ROUNDS: Final = 3
+"""A run of fewer was cut short, or is somebody's trial: it is on no page."""
+
+
 def _runs(rows: Sequence[Row], wanted: Callable[[Row], bool]) -> Iterator[list[Row]]:
     """For each machine, and what was measured there, the rows of the last run that has what is wanted."""
     runs: dict[tuple[str, str], list[Row]] = {}
+    trials = {
+        (row.header.machine, row.header.date)
+        for row in rows
+        if row.benchmark == "speed" and row.figure == "decode" and row.count < ROUNDS
+    }
     for row in rows:
-        if wanted(row):
+        if wanted(row) and (row.header.machine, row.header.date) not in trials:
             runs.setdefault((row.header.machine, row.header.date), []).append(row)
     last: dict[tuple[str, str], list[Row]] = {}
     for (machine, _), found in sorted(runs.items()):
@@ -206,6 +215,10 @@ def _speed(found: Sequence[Row]) -> Iterator[str]:
     programs = list(dict.fromkeys(row.program for row in found if row.figure in wanted))
     others = list(dict.fromkeys(row.program for row in found if row.figure.endswith(" ratio")))
     yield from _table("context", "figure", *programs, *others)
+    loads = {row.program: row for row in found if row.figure == "load"}
+    if loads:
+        cells = [_amount(loads[name]) if name in loads else "" for name in programs]
+        yield _line(("", "load, s", *cells, *("" for _ in others)))
     contexts = sorted({int(row.settings["context"]) for row in found if "context" in row.settings})
     for context in contexts:
         here = [row for row in found if row.settings.get("context") == str(context)]
@@ -220,7 +233,10 @@ def _speed(found: Sequence[Row]) -> Iterator[str]:
                 yield _line((f"{context:,}", label, *cells))
     model = next(row.model for row in found if row.model is not None)
     yield ""
-    yield f"Medians. {model.name}, {model.quantization}. {_source(found)}."
+    yield (
+        f"Medians; MLX's memory leaves out what NumPy holds, which we use on the CPU. {model.name}, "
+        f"{model.quantization}. {_source(found)}."
+    )
 
 
 def _amount(row: Row) -> str:

@@ -160,3 +160,16 @@ def test_results_lie_in_the_checkout_or_in_the_state_folder(tmp_path, monkeypatc
     monkeypatch.setenv("XDG_STATE_HOME", "relative")
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     assert results.default_folder() == tmp_path / "home/.local/state/moelocal/results"
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_measuring(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "below"):
+        with pytest.raises(RequestError) as caught:
+            results.require_writable(folder)
+        assert str(caught.value) == (
+            f"--results {folder}: cannot be written; name another folder, or --no-results"
+        )
+    results.require_writable(tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()

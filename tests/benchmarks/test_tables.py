@@ -172,7 +172,7 @@ def test_there_is_a_table_of_speeds_for_each_model():
     def of(name: str, date: str, value: float) -> list[Row]:
         header = dataclasses.replace(HEADER, date=date)
         model, where = dataclasses.replace(MODEL, name=name), "context=0 tokens=8 dtype=float32"
-        return [Row(header, model, "speed", "moelocal", where, "decode", "tokens/s", value, None, None, 1)]
+        return [Row(header, model, "speed", "moelocal", where, "decode", "tokens/s", value, None, None, 3)]
 
     found = [*of("b", "2026-01-01", 1.0), *of("a", "2026-01-02", 2.0), *of("b", "2026-01-03", 3.0)]
     text = tables.filled(f"<!-- table: speed -->\n{tables.END}", found)

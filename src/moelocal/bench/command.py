@@ -103,6 +103,9 @@ def run(parsed: argparse.Namespace) -> None:
     energy where the system tells; beside other programs with --against. Nothing leaves this machine but the download
     of a model that is not here yet."""
     _require_plot(parsed.plot)
+    noted = None if parsed.no_results else parsed.results or results.default_folder()
+    if noted is not None:
+        results.require_writable(noted)
     servers = _servers(parsed)  # before a model is downloaded
     folder = prepared(
         parsed.model,
@@ -115,8 +118,8 @@ def run(parsed: argparse.Namespace) -> None:
     require_fits(folder, name, parsed.dtype)
     result = _measured(parsed, folder, name, servers)
     print("\n".join(result.lines()))
-    if not parsed.no_results:
-        file = results.append(parsed.results or results.default_folder(), result.rows())
+    if noted is not None:
+        file = results.append(noted, result.rows())
         print(f"\nresults    {file}")
     _draw(parsed, result)
     if parsed.json:

@@ -26,7 +26,7 @@ def plot(result: Result, file: Path) -> None:
     picture = Picture(figsize=(13, 4 * rows + 0.5), layout="constrained")
     header = result.header
     picture.suptitle(
-        f"{Path(result.model.name).name}, {result.model.quantization}, in {result.dtype}\n{header.chip}, "
+        f"{plain(Path(result.model.name).name)}, {result.model.quantization}, in {result.dtype}\n{header.chip}, "
         f"{header.system}, MLX {header.mlx} on {header.device}, power {header.power}, {header.date[:10]}; "
         f"{result.measured.tokens} tokens, median and spread",
         fontsize=9,
@@ -56,6 +56,11 @@ def plot(result: Result, file: Path) -> None:
         part.unlink(missing_ok=True)
 
 
+def plain(name: str) -> str:
+    """A name as matplotlib shows it: no formulas, and not hidden by a first underscore."""
+    return name.replace("$", r"\$").lstrip("_") or "?"
+
+
 def _figures(axes: Axes, result: Result, name: str, unit: float) -> None:
     for side in (OURS, *result.peers):
         found = [
@@ -71,7 +76,13 @@ def _figures(axes: Axes, result: Result, name: str, unit: float) -> None:
             ]
             places = [context for context, _ in found]
             axes.errorbar(
-                places, values, yerr=spread, marker="o", markersize=4, capsize=3, label=result.title(side)
+                places,
+                values,
+                yerr=spread,
+                marker="o",
+                markersize=4,
+                capsize=3,
+                label=plain(result.title(side)),
             )
 
 

@@ -69,6 +69,13 @@ def default_folder() -> Path:
     return (base if base.is_absolute() else Path.home() / ".local/state") / "moelocal" / "results"
 
 
+def require_writable(folder: Path) -> None:
+    """Before minutes of measuring: can rows be kept there? Raises `RequestError`."""
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise RequestError(f"--results {folder}: cannot be written; name another folder, or --no-results")
+
+
 def append(folder: Path, rows: Iterable[Row]) -> Path:
     """Add rows to the file of their machine in `folder`, and give that file. Whoever reads it, or loses power, sees it
     without any of these rows or with all. Raises `RequestError` if it cannot be written, `ConfigError` for a file with
