@@ -206,13 +206,13 @@ def test_where_nobody_answers_the_error_is_that_of_the_first(tmp_path, fakes, ca
 
 
 def test_what_is_not_drawn_is_named(tmp_path, fakes, capsys, monkeypatch):
-    fakes.append(Fake())
+    fakes.append(Fake("fake\x07"))  # a record of somebody else
     monkeypatch.setattr("drawings.PELICAN", "No.")
     monkeypatch.setattr(
         Fake, "answer", lambda self, p, s, r: answer(self.name, s, "No.", prompt=p, key=key_of(self, p, s))
     )
     run(asked("--to", str(tmp_path), "--count", "1"))
-    assert "fake, seed 0: nothing to draw: there is no <svg> in the answer\n" in capsys.readouterr().out
+    assert "fake?, seed 0: nothing to draw: there is no <svg> in the answer\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -253,6 +253,21 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, fakes):
     (tmp_path / "to").write_text("a file")
     told = refusal("--to", str(tmp_path / "to"), "--count", "1")
     assert told == f"{tmp_path / 'to' / 'answers' / fakes[0].key}.json: cannot be read: Not a directory"
+
+
+@pytest.mark.parametrize("name", ["index.html", "sheet.png"])
+def test_the_page_of_something_else_is_not_replaced(tmp_path, fakes, name):
+    fakes.append(Fake())
+    (tmp_path / name).write_text("of a person")
+    assert refusal("--to", str(tmp_path), "--count", "1") == (
+        f"--to {tmp_path}: holds {name}, but no shown.json: `moelocal pelican` did not write it and does not replace "
+        "it; name another folder, or move it away"
+    )
+    assert not fakes[0].made and [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "of a person"
+    (tmp_path / "shown.json").write_text("{")  # of a run of ours that was damaged: it may go on
+    run(asked("--to", str(tmp_path), "--count", "1"))
+    assert (tmp_path / name).read_bytes() != b"of a person"
 
 
 # files and servers
@@ -341,6 +356,52 @@ def test_a_server_with_several_models_has_to_be_told_which(tmp_path):
             refusal("--server", f"{address}=gamma")
             == f"server {address}: serves no model gamma; it has alpha, beta"
         )
+
+
+EVIL = "evil\x1b]0;pwn\x07\x9b2J\u202e [/red]"
+PLAIN = "evil?]0;pwn??2J? [/red]"
+
+
+def test_the_name_of_a_model_does_not_steer_the_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Handler, "models", (EVIL,))
+    with serving() as address:
+        flags = ("--server", address, "--count", "1", "--to", str(tmp_path))
+        found = figures(capsys, *flags)
+        run(asked(*flags))
+        assert refusal("--server", f"{address}=x") == f"server {address}: serves no model x; it has {PLAIN}"
+    assert Handler.bodies[0]["model"] == EVIL  # the server is asked by the name that it knows
+    assert [model["model"] for model in found["models"]] == [PLAIN]
+    printed = capsys.readouterr().out
+    assert PLAIN in printed and printed.replace("\n", "").isprintable()
+    kept = [json.loads(file.read_text()) for file in (tmp_path / "answers").iterdir()]
+    assert [(each["model"], each["origin"]) for each in kept] == [(PLAIN, f"server {address}, model {PLAIN}")]
+
+
+def test_the_name_of_a_file_does_not_steer_the_terminal(tmp_path, capsys):
+    (tmp_path / "evil\x1b[2J.svg").write_text("No.")
+    run(asked("--svgs", str(tmp_path), "--to", str(tmp_path / "to")))
+    printed = capsys.readouterr().out
+    assert "evil?[2J, evil?[2J.svg: nothing to draw" in printed and printed.replace("\n", "").isprintable()
+    (kept,) = (tmp_path / "to" / "answers").iterdir()
+    assert json.loads(kept.read_text())["origin"] == "evil?[2J.svg"
+
+
+def test_names_in_a_folder_of_somebody_else_do_not_steer_the_terminal(tmp_path, fakes, capsys):
+    """Its records and votes are files that anybody can write."""
+    fakes += [Fake("one\x1b[2J"), Fake("two")]
+    run(asked("--to", str(tmp_path), "--count", "1", "--blind", "1"))
+    run(asked("--to", str(tmp_path), "--vote", "1=A"))
+    run(asked("--to", str(tmp_path), "--count", "1"))
+    printed = capsys.readouterr().out
+    assert printed.count("one?[2J") == 2 and printed.replace("\n", "").isprintable()
+
+
+def test_the_bar_shows_a_name_as_it_is(tmp_path, fakes, capsys, monkeypatch):
+    """Not as a style of rich: an end of one that was not begun would be an error."""
+    fakes.append(Fake("a [/red]"))
+    monkeypatch.setattr(command.sys.stderr, "isatty", lambda: True, raising=False)
+    run(asked("--to", str(tmp_path), "--count", "1"))
+    assert "a [/red] " in capsys.readouterr().out
 
 
 def test_a_prompt_stays_on_this_machine(monkeypatch):

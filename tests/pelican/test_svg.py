@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from xml.etree import ElementTree
 
 import pytest
@@ -294,6 +295,31 @@ def test_a_few_elements_that_draw_thousands_are_refused():
     bomb = f'<svg><defs><g id="a0"><circle r="1"/></g>{levels}</defs><use href="#a6"/></svg>'
     assert refusal(bomb) == "it draws more than 100,000 elements, by using them again and again"
     assert "a3" in drawing(bomb.replace('<use href="#a6"/>', "<rect/>").replace("#a3'", "#a0'")).svg
+
+
+@pytest.mark.parametrize("piece", ["0", "(", "a", "1 ", "rgb(", "url(#a) "])
+@pytest.mark.parametrize("name", ["d", "fill", "width", "viewBox", "style", "id"])
+def test_a_long_attribute_takes_time_in_proportion_to_its_length(name, piece):
+    text = ("fill:" if name == "style" else "") + piece * (1_000_000 // len(piece)) + "!"
+    begin = time.process_time()
+    drawing(f'<svg {name}="{text}"><rect width="9" height="9"/></svg>')
+    # at most 0.4 s here; 40,000 digits took 7 s when the time grew with the square
+    assert time.process_time() - begin < 10
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        '<rect mask="var(--a,url(http://e.org/m.svg#x))"/>',
+        '<rect style="fill: var(--a, url(http://e.org/x))"/>',
+        "<style>rect{filter:blur(url(http://e.org/x))}</style><rect/>",
+        '<g fill="rgb(calc(1 + image-set(&quot;http://e.org/x&quot; 1x)))"><rect/></g>',
+    ],
+)
+def test_what_leads_outside_within_another_function_is_left_out(part):
+    found = drawing(f"{OPEN}{part}</svg>")
+    assert "e.org" not in found.svg and "url" not in found.svg
+    assert len(found.left_out) == 1 and found.left_out[0].startswith("a reference to http://e.org/")
 
 
 def test_patterns_that_paint_each_other_thousands_of_times_are_refused():

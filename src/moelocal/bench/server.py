@@ -254,7 +254,8 @@ class Server:
             ) from None
 
     def _error(self, what: str) -> RequestError:
-        return RequestError(f"server {self.address}: {what}")
+        shown = "".join(c if c.isprintable() else "?" for c in what)  # it may come from the server
+        return RequestError(f"server {self.address}: {shown}")
 
 
 def _parsed(address: str) -> tuple[tuple[str, ...], int, str]:

@@ -64,8 +64,8 @@ def plain(text: str) -> str:
 
 
 def one_line(name: str) -> str:
-    """A name without line breaks and tabs."""
-    return " ".join(plain(name).split())
+    """A name that can be printed: no line breaks and tabs, nothing that steers a terminal (? stands for it)."""
+    return "".join(each if each.isprintable() else "?" for each in " ".join(plain(name).split()))
 
 
 class Answers:
@@ -127,7 +127,7 @@ def read_files(folder: Path, prompt: str) -> list[Answer]:
                 key=key("file", f"{origin} {hashlib.blake2b(content).hexdigest()}", prompt, seed, {}),
                 model=one_line(name),
                 source="file",
-                origin=plain(origin),
+                origin=one_line(origin),
                 quantization="",
                 prompt=prompt,
                 seed=seed,

@@ -99,6 +99,7 @@ def run(parsed: argparse.Namespace) -> None:
         _vote(parsed)
         return
     prompts = _prompts(parsed)
+    show.require_ours(parsed.to)
     makers, files = _drawers(parsed, prompts[0])
     kept = Answers(parsed.to / "answers")
     answers, made, failed = _answers(parsed, makers, prompts, kept)
@@ -122,7 +123,7 @@ def run(parsed: argparse.Namespace) -> None:
         for each in pictures:
             if each.reason:
                 which = each.answer.origin if each.answer.seed is None else f"seed {each.answer.seed}"
-                print(f"{each.answer.model}, {which}: {each.reason}")
+                print(one_line(f"{each.answer.model}, {which}: {each.reason}"))
     print(f"page   {parsed.to / show.PAGE}\nsheet  {parsed.to / show.SHEET}")
     if parsed.json:
         figures = {
@@ -255,7 +256,8 @@ def _vote(parsed: argparse.Namespace) -> None:
         interval = f"{100 * each.low:.0f} to {100 * each.high:.0f} %"
         share = f"{100 * each.wins / each.ballots:.0f} %"
         print(
-            f"{each.model:<40}{each.wins:>6}{each.ballots:>9}{share:>8}   {interval:<15} {100 * each.chance:.0f} %"
+            f"{one_line(each.model):<40}{each.wins:>6}{each.ballots:>9}{share:>8}   {interval:<15} "
+            f"{100 * each.chance:.0f} %"
         )
     done = {each.ballot for each in votes if each.round == shown.round}
     if still := [number for number in range(1, len(ballots) + 1) if number not in done]:
@@ -283,7 +285,7 @@ def _table(groups: list[dict[str, Any]]) -> Iterator[str]:
     for each in groups:
         rate = f"{each['tokens_per_second']:.1f}" if each["tokens_per_second"] else "-"
         yield (
-            f"{each['model']:<32}{each['answers']:>9}{each['drawn']:>7}{each['repaired']:>10}{each['empty']:>7}"
+            f"{one_line(each['model']):<32}{each['answers']:>9}{each['drawn']:>7}{each['repaired']:>10}{each['empty']:>7}"
             f"{each['refused']:>9}{each['different']:>11}{rate:>10}"
         )
 
@@ -316,7 +318,7 @@ def _bar(what: str, total: int) -> Iterator[_Bar]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # a [ in the name of a model is no style
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[tokens]}"),

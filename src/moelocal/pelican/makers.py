@@ -143,9 +143,8 @@ class Theirs:
         if not model:
             model = server.only_model()
         elif model not in served:
-            raise RequestError(
-                f"server {address}: serves no model {model}; it has {', '.join(served) or 'none'}"
-            )
+            names = ", ".join(map(one_line, served)) or "none"
+            raise RequestError(f"server {address}: serves no model {model}; it has {names}")
         settings = {**settings, "max_tokens": settings["max_tokens"] or SERVER_TOKENS}
         return cls(server, model, settings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -88,6 +89,18 @@ class Shown:
     def votes(self) -> Votes:
         """The file of votes."""
         return Votes(self.folder / VOTES)
+
+
+def require_ours(folder: Path) -> None:
+    """Raises `RequestError` for a folder with a page or a sheet of something else."""
+    if os.path.lexists(folder / SHOWN):  # written before them
+        return
+    for name in (PAGE, SHEET):
+        if os.path.lexists(folder / name):
+            raise RequestError(
+                f"--to {folder}: holds {name}, but no {SHOWN}: `moelocal pelican` did not write it and does not "
+                "replace it; name another folder, or move it away"
+            )
 
 
 def write(shown: Shown, report: Callable[[], None] = lambda: None) -> list[Picture]:

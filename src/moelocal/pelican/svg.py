@@ -54,7 +54,9 @@ _ANIMATION: Final = frozenset("animate animatetransform animatemotion animatecol
 _UNSEEN: Final = frozenset("title desc metadata view".split())
 _LINE_OF_FENCE: Final = re.compile(r"^[ \t>]*(?:```|~~~)[^\n]*$", re.MULTILINE)
 _LENGTH: Final = re.compile(
-    r"\s*([+]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?)\s*(px|pt|pc|in|cm|mm|q|em|ex|rem)?\s*", re.I
+    # ++ and *+ give nothing back: else a long row of digits is split in all ways, the cube of its length
+    r"\s*+([+]?(?:\d++\.?\d*+|\.\d++)(?:e[+-]?\d{1,3})?)\s*+(px|pt|pc|in|cm|mm|q|em|ex|rem)?\s*+",
+    re.I,
 )
 _UNITS: Final = {"": 1, "px": 1, "pt": 4 / 3, "pc": 16, "in": 96, "cm": 96 / 2.54, "mm": 96 / 25.4, "q": 96 / 101.6,
                  "em": 16, "rem": 16, "ex": 8}  # fmt: skip
