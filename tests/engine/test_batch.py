@@ -482,7 +482,7 @@ def long_batch(monkeypatch, steps: int, every: int) -> tuple[list[int], list[int
             rows.join(cache)
         if step % every == every - 2:
             gc.collect()
-            edges.append(depth(*(each for each in gc.get_objects() if isinstance(each, mx.array))))
+            edges.append(depth(*(each for each in gc.get_objects() if type(each) is mx.array)))
         mx.async_eval(fed)
         if step % every == every - 1:
             mx.eval(fed, [cache.arrays for cache in rows.apart()])
