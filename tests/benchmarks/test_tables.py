@@ -77,7 +77,8 @@ def test_a_figure_that_was_changed_by_hand_is_found_and_put_right(copy, capsys):
     begin = text.index("<!-- table: scale-context -->")
     place = re.compile(r"\d\.\d\d \(").search(text, begin)
     assert place
-    page.write_text(text[: place.start()] + "9" + text[place.start() + 1 :])
+    other = "8" if text[place.start()] == "9" else "9"
+    page.write_text(text[: place.start()] + other + text[place.start() + 1 :])
     assert tables.main([*where, "--check"]) == 1
     assert capsys.readouterr().err == (
         f"moelocal: error: docs/benchmarks.md: tables differ from {copy}/results; run python benchmarks/tables.py\n"

@@ -284,14 +284,13 @@ def _steps(
 
     step = choose(session.logits)
     yield step  # alone: when it comes is a matter of the prompt, and what is timed behind it are whole steps
-    if most == 1:
-        return
-    step = choose(session.feed(step.token))
-    for _ in range(most - 2):
-        following = choose(session.feed(step.token))
+    if most > 1:
+        step = choose(session.feed(step.token))
+        for _ in range(most - 2):
+            following = choose(session.feed(step.token))
+            yield step
+            step = following
         yield step
-        step = following
-    yield step
 
 
 @dataclass(slots=True)
