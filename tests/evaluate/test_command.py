@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from moelocal.chat.command import exit_code
+from moelocal.errors import RequestError
 from moelocal.evaluate import Estimate, Part, Quality, Weights
 from moelocal.evaluate.command import add_flags, run, table
 from moelocal.hub import EMBEDDED
@@ -219,7 +220,7 @@ def test_a_plot_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.Figure, "savefig", fails)
-    with pytest.raises(module.RequestError) as caught:
+    with pytest.raises(RequestError) as caught:
         module.plot(QUALITY, tmp_path / "quality.png")
     assert str(caught.value) == f"{tmp_path / 'quality.png'}: cannot be written: No space left on device"
     assert list(tmp_path.iterdir()) == []
@@ -284,6 +285,7 @@ PROGRAM = """
 import argparse, os, sys
 sys.addaudithook(lambda event, arguments: event.startswith("socket.") and os._exit(99))
 from moelocal.chat.command import exit_code
+from moelocal.errors import RequestError
 from moelocal.evaluate.command import add_flags, run
 parser = argparse.ArgumentParser()
 add_flags(parser)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -11,7 +10,7 @@ from matplotlib.ticker import FuncFormatter
 
 from moelocal.bench.peers import OURS
 from moelocal.bench.report import FIGURES, RATIOS, Result
-from moelocal.errors import RequestError
+from moelocal.evaluate.picture import plain, save
 
 _PANELS = {
     "decode": "decode, tokens/s",
@@ -46,19 +45,7 @@ def plot(result: Result, file: Path) -> None:
             _context_axis(axes, result.measured.contexts)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=8)
-    part = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        picture.savefig(part, dpi=130, format="png")
-        part.replace(file)
-    except OSError as error:
-        raise RequestError(f"{file}: cannot be written: {error.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def plain(name: str) -> str:
-    """A name as matplotlib shows it: no formulas, and not hidden by a first underscore."""
-    return name.replace("$", r"\$").lstrip("_") or "?"
+    save(picture, file, dpi=130)
 
 
 def _figures(axes: Axes, result: Result, name: str, unit: float) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from moelocal.cost.estimate import Sum, Tally
 from moelocal.cost.local import BreakEven
-from moelocal.errors import RequestError
+from moelocal.evaluate.picture import plain, save
 
 _MODELS = 8
 """Models with a colour of their own; the cheaper ones share one."""
@@ -28,7 +27,7 @@ def plot(tally: Tally, even: BreakEven | None, file: Path) -> None:
         heights = [
             sum(tally.months.get((month, each), Sum()).dollars for each in members) for month in months
         ]
-        left.bar(months, heights, bottom=floor, label=_plain(name))
+        left.bar(months, heights, bottom=floor, label=plain(name))
         floor = [low + height for low, height in zip(floor, heights, strict=True)]
     left.set(ylabel="US dollars", title="API spend by month")
     left.margins(y=0.08)
@@ -54,16 +53,4 @@ def plot(tally: Tally, even: BreakEven | None, file: Path) -> None:
             axes.axvline(even.calls_per_month, color="gray", linestyle=":", label="this log")
         axes.set(xlabel="calls per month", ylabel="US dollars per month", title="Break-even")
         axes.legend(fontsize=7)
-    part = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        figure.savefig(part, dpi=150)
-        part.replace(file)
-    except OSError as error:
-        raise RequestError(f"{file}: cannot be written: {error.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _plain(name: str) -> str:
-    """A name as matplotlib shows it: no formulas, and not hidden by a first underscore."""
-    return name.replace("$", r"\$").lstrip("_") or "?"
+    save(figure, file)

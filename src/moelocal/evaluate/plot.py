@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from moelocal.errors import RequestError
+from moelocal.evaluate.picture import save
 from moelocal.evaluate.quality import EDGES, Quality
 
 
@@ -46,11 +45,4 @@ def plot(quality: Quality, file: Path) -> None:
         ]
         axes.errorbar(layers, values, yerr=errors, marker="o", markersize=3, linewidth=1)
         axes.set(xlabel="layer", ylabel="router overlap")
-    part = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        figure.savefig(part, dpi=150)
-        part.replace(file)
-    except OSError as error:
-        raise RequestError(f"{file}: cannot be written: {error.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
+    save(figure, file)
