@@ -19,6 +19,7 @@ ORDER = (
     *(
         "errors",
         "units",
+        "flags",
         "machine",
         "config",
         "formats",
@@ -83,7 +84,7 @@ def test_the_check_sees_a_forbidden_import(tmp_path):
     assert used_parts(source) == {"cli", "model"}
 
 
-@pytest.mark.parametrize("part", ["errors", "units", "machine", "config", "text"])
+@pytest.mark.parametrize("part", ["errors", "units", "flags", "machine", "config", "text"])
 def test_configuration_and_text_work_without_mlx(part):
     for file in parts()[part]:
         found = {name for name in imported(file) if name.split(".")[0] == "mlx"}
@@ -96,6 +97,12 @@ def test_nothing_in_the_package_imports_tools_tests_or_a_test_only_dependency():
         for file in files:
             found = {name.split(".")[0] for name in imported(file)} & forbidden
             assert not found, f"{file.relative_to(PACKAGE)} imports {sorted(found)}"
+
+
+def test_one_module_connects_to_other_machines():
+    doors = {"socket", "http.client", "urllib.request", "httpx", "requests", "huggingface_hub.get_session"}
+    found = {str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if imported(file) & doors}
+    assert found == {"hub/transfer.py", "bench/server.py"}  # the latter refuses all but this machine
 
 
 def test_dependencies_are_those_that_are_imported(root):

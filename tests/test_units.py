@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moelocal.errors import RequestError
-from moelocal.units import GIB, parse_memory, parse_size, size, size_above
+from moelocal.units import GIB, memory_size, parse_memory, parse_size, size, size_above
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,7 @@ def test_sizes_that_are_none(text: str):
 
 def test_memory_is_counted_as_it_is_sold():
     assert parse_memory("24GB") == parse_memory("24 GiB") == 24 * GIB
+    assert memory_size(24 * GIB) == "24 GB" and memory_size(int(23.6 * GIB)) == "24 GB"
     assert parse_memory("512MB") == 512_000_000
     with pytest.raises(RequestError) as error:
         parse_memory("much", "--memory")

@@ -76,6 +76,20 @@ class QuantizedArray:
         biases = None if self.biases is None else self.biases[index]
         return QuantizedArray(self.weight[index], self.scales[index], biases, self.spec)
 
+    def product(self, x: mx.array, transpose: bool = True) -> mx.array:
+        """x [..., cols] @ Wᵀ -> [..., rows], without spelling W out; x [..., rows] @ W where not to `transpose`."""
+        spec = self.spec
+        return mx.quantized_matmul(
+            x,
+            self.weight,
+            self.scales,
+            self.biases,
+            transpose=transpose,
+            group_size=spec.group,
+            bits=spec.bits,
+            mode=spec.mode,
+        )
+
     def dequantize(self, dtype: mx.Dtype) -> mx.array:
         """The plain matrix [..., rows, cols] in `dtype`."""
         spec = self.spec

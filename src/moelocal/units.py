@@ -28,6 +28,11 @@ def size_above(nbytes: int) -> str:
     return size(-(-nbytes // step) * step)
 
 
+def memory_size(nbytes: int) -> str:
+    """Memory as it is sold, and as `parse_memory` reads it: "24 GB" are 24 x 2^30 bytes."""
+    return f"{nbytes / GIB:.0f} GB"
+
+
 def parse_size(text: str, where: str = "size") -> int:
     """Bytes of "20.9GB" (1e9), "19.5 GiB" (2^30), "800MB" or "123456" (bytes). Raises `RequestError` that names
     `where`."""

@@ -249,13 +249,13 @@ def test_half_precision_gives_nearly_the_same_logits(model, dtype):
 
 
 def test_a_slow_load_shows_a_bar_on_a_terminal_only(monkeypatch, capsys):
-    from moelocal.engine import load
+    from moelocal.engine import progress
 
     clock = iter(range(1000))
-    monkeypatch.setattr(load.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     moelocal.load()
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(load.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
     moelocal.load(progress=False)
     assert capsys.readouterr().err == ""
     moelocal.load()

@@ -19,7 +19,7 @@ from moelocal.config import ModelConfig
 from moelocal.engine import plan as module
 from moelocal.engine.batch import Request, generate_batch
 from moelocal.engine.chunks import STRIDE
-from moelocal.engine.plan import batch_nbytes, fit, memory_limit, plan, weights_nbytes
+from moelocal.engine.plan import batch_nbytes, memory_limit, plan, weights_nbytes
 from moelocal.errors import ContextOverflow, MemoryOverflow, RequestError
 from moelocal.hub import EMBEDDED
 from moelocal.model import Decoder
@@ -260,22 +260,22 @@ def test_fused_attention_needs_no_scores(decoder, monkeypatch):
     assert plan(config, 0, mx.float32, 100_000, 1).work < here.work
 
 
-def test_an_answer_is_cut_where_memory_ends_and_that_is_said(decoder, monkeypatch, caplog):
+def test_an_answer_is_cut_where_memory_ends_and_that_is_said(model, monkeypatch, caplog):
     monkeypatch.setenv("MOELOCAL_MEMORY", "30MB")
-    expected = plan(decoder.config, weights_nbytes(decoder), decoder.dtype, 20, 4000).max_tokens
+    expected = plan(model.config, weights_nbytes(model.decoder), model.dtype, 20, 4000).max_tokens
     assert 100 < expected < 4000
-    assert fit(decoder, 20, 4000) == expected
+    assert model.fit(20, 4000) == expected
     assert caplog.messages == [
         f"moelocal: max_tokens: memory leaves {expected} tokens for the answer, 4000 were asked for"
     ]
     caplog.clear()
-    assert fit(decoder, 20, 4000, asked=False) == expected and fit(decoder, 20, 100) == 100
+    assert model.fit(20, 4000, asked=False) == expected and model.fit(20, 100) == 100
     assert caplog.messages == []  # nobody asked, and nothing was taken
 
 
-def test_where_the_context_ends_an_answer_nothing_is_said_about_memory(decoder, monkeypatch, caplog):
+def test_where_the_context_ends_an_answer_nothing_is_said_about_memory(model, monkeypatch, caplog):
     monkeypatch.setenv("MOELOCAL_MEMORY", UNLIMITED)
-    assert fit(decoder, 4000, 1000) == 96 and caplog.messages == []
+    assert model.fit(4000, 1000) == 96 and caplog.messages == []
 
 
 def test_a_batch_takes_as_many_rows_as_fit_and_refuses_none(model, monkeypatch):

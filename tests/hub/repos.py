@@ -68,7 +68,7 @@ def connected(patch: pytest.MonkeyPatch, folder: Path, *repos: Repo) -> Iterator
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
         patch.delenv("HF_TOKEN", raising=False)
-        patch.setattr(hub, "_WAITS", [0.0] * 5)
+        patch.setattr(hub.transfer, "_WAITS", [0.0] * 5)
         yield server
         huggingface_hub.close_session()
 

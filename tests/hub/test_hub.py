@@ -183,7 +183,7 @@ def test_connections_cut_at_any_byte(tmp_path_factory, cuts):
     folder = tmp_path_factory.mktemp("cuts")
     with pytest.MonkeyPatch.context() as patch, connected(patch, folder, small_repo()) as server:
         # one more attempt than faults: cuts before the first byte are in a row
-        patch.setattr(hub, "_WAITS", [0.0] * 9)
+        patch.setattr(hub.transfer, "_WAITS", [0.0] * 9)
         server.faults = [Fault(f"/{name}", cut=at) for name, at in cuts]
         repo = server.repos[NAME]
         assert_whole(hub.resolve(NAME, progress=False), repo)
@@ -323,7 +323,7 @@ def test_a_server_that_stays_broken(server, status):
     ],
 )
 def test_a_wait_that_the_server_asks_for(server, monkeypatch, headers, seconds):
-    monkeypatch.setattr(hub, "_WAITS", [1.0] * 5)
+    monkeypatch.setattr(hub.transfer, "_WAITS", [1.0] * 5)
     server.faults = [Fault(SHARDS[0], status=429, headers=headers)]
     waits = Waits()
     assert fetch(SHARDS[0], waits).read_bytes() == server.repos[NAME].files[SHARDS[0]]
@@ -343,8 +343,8 @@ def test_a_wait_until_a_date(server):
 
 def test_waits_before_anything_is_known(server, monkeypatch):
     slept: list[float] = []
-    monkeypatch.setattr(hub.time, "sleep", slept.append)
-    monkeypatch.setattr(hub, "_WAITS", [1.0, 2.0, 4.0])
+    monkeypatch.setattr(hub.transfer.time, "sleep", slept.append)
+    monkeypatch.setattr(hub.transfer, "_WAITS", [1.0, 2.0, 4.0])
     server.faults = [
         Fault("/api/models", status=429, headers={"Retry-After": "17"}),
         Fault("/api/models", status=503, times=2),
@@ -563,14 +563,14 @@ def test_git_and_lfs_checksums_are_those_of_git(tmp_path):
 
 
 def test_space_is_checked_before_the_first_byte(server, monkeypatch, cache):
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=500_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=500_000))
     total = sum(server.repos[NAME].size(name) for name in WANTED if name != hub.INDEX)
     assert error_of(NAME) == (
         f"{NAME}: {size(total)} must still be downloaded, but the disk of {cache / 'models--owner--name'} has "
         f"500.0 kB free: free {size(total - 500_000)} more, or set HF_HOME to a folder on a larger disk"
     )
     assert [request.path.rpartition("/")[2] for request in server.gets()] == [hub.INDEX]
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=total))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=total))
     assert_whole(hub.resolve(NAME, progress=False), server.repos[NAME])
 
 
@@ -584,7 +584,7 @@ def test_what_is_here_already_needs_no_space(server, monkeypatch):
     left = hub.remaining(repository, [repository.files[name] for name in WANTED])
     rest = set(WANTED) - {SHARDS[0]}
     assert left == sum(server.repos[NAME].size(name) for name in rest) - 200_000
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=left))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=left))
     assert_whole(hub.resolve(NAME, progress=False), server.repos[NAME])
 
 
@@ -635,7 +635,8 @@ def test_a_disk_that_is_full_in_the_middle_of_a_real_one(server, tmp_path, monke
         pytest.skip("may not mount a small disk here")
     try:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(small))
-        monkeypatch.setattr(hub, "check_space", lambda *_: None)  # others may fill it after the check
+        # others may fill it after the check
+        monkeypatch.setattr(hub.repository, "check_space", lambda *_: None)
         place = small / "models--owner--name"
         assert error_of(NAME) in [
             f"{NAME}: {name}: no space left on the disk of {place}: free some and {AGAIN}; what was downloaded is kept"
@@ -831,7 +832,7 @@ def test_an_outline_is_the_best_that_is_here(server, tmp_path):
 
 @pytest.mark.parametrize("first_read", [8, 9, 60, 1 << 18])
 def test_headers_of_any_length_through_cut_connections(server, tmp_path, monkeypatch, first_read):
-    monkeypatch.setattr(hub, "_FIRST_READ", first_read)
+    monkeypatch.setattr(hub.repository, "_FIRST_READ", first_read)
     server.faults = [Fault(SHARDS[0], cut=5), Fault(SHARDS[1], plain=True), Fault(SHARDS[2], status=503)]
     hub.skeleton(hub.find(NAME), tmp_path / "skeleton", progress=False)
     for name in SHARDS:
@@ -879,7 +880,9 @@ def test_one_bar_on_a_terminal(server, cache, shown):
     server.faults = [Fault(SHARDS[0], status=503)]
     ours, theirs = os.openpty()
     variables = os.environ | environment(server, cache) | {"TERM": "xterm", "COLUMNS": "100"}
-    program = f"from moelocal import hub; hub._WAITS[0] = 0.3; hub.resolve({NAME!r}, progress={shown})"
+    program = (
+        f"from moelocal import hub; hub.transfer._WAITS[0] = 0.3; hub.resolve({NAME!r}, progress={shown})"
+    )
     process = subprocess.Popen([sys.executable, "-c", program], env=variables, stderr=theirs)
     os.close(theirs)
     text = b""

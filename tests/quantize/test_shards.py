@@ -377,7 +377,7 @@ def test_offline_after_the_beginning(server, work):
 @pytest.mark.parametrize("delete", [False, True])
 def test_no_room_for_a_shard(server, work, tmp_path, monkeypatch, delete):
     with Shards.open(NAME, work, delete=delete) as shards:
-        monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
         server.requests.clear()
         with pytest.raises(ModelNotFound) as caught:
             shards.need([SHARDS[0]])

@@ -20,6 +20,7 @@ from moelocal.errors import ConfigError, NumericsError, RequestError
 from moelocal.ops import choice
 from moelocal.ops.choice import Entry, Stamp
 from moelocal.ops.op import Op, forced, on_cpu
+from moelocal.units import memory_size
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +79,7 @@ def explain() -> None:
         entries = choice.read(stamp)
     except ConfigError as error:
         trouble = str(error)
-    memory = f", {machine.memory() / 2**30:.0f} GB" if machine.memory() else ""
+    memory = f", {memory_size(machine.memory())}" if machine.memory() else ""
     device = mx.device_info().get("architecture", "unknown")
     print(f"machine   {stamp.chip or 'unknown chip'}{memory}")
     print(f"macOS     {stamp.macos or 'no'}")

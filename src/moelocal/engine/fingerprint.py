@@ -12,13 +12,10 @@ import hashlib
 import json
 import os
 import re
-import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,6 +28,7 @@ from moelocal.cache.keys import GRID
 from moelocal.checkpoint.files import weight_files
 from moelocal.config import ModelConfig
 from moelocal.engine.chunks import STRIDE
+from moelocal.engine.progress import late_bar
 from moelocal.errors import CheckpointError
 from moelocal.ops import choice
 from moelocal.ops.op import forced
@@ -128,9 +126,10 @@ def _contents(files: Sequence[Stamp]) -> list[str]:
     known = {stamp: content for stamp in files if (content := _named(stamp) or _remembered(stamp))}
     unread = [stamp for stamp in files if stamp not in known]
     if unread:
-        with _bar(sum(stamp.size for stamp in unread)) as report, ThreadPoolExecutor(THREADS) as pool:
+        what, total = "reading the weights once, to name their states", sum(stamp.size for stamp in unread)
+        with late_bar(what, total) as advance, ThreadPoolExecutor(THREADS) as pool:
             stopped = threading.Event()
-            waiting = [pool.submit(_sha256, stamp, report, stopped) for stamp in unread]
+            waiting = [pool.submit(_sha256, stamp, advance, stopped) for stamp in unread]
             try:
                 for stamp, future in zip(unread, waiting, strict=True):
                     known[stamp] = future.result()
@@ -147,13 +146,13 @@ def _named(stamp: Stamp) -> str | None:
     return name if in_cache and _SHA256.fullmatch(name) else None
 
 
-def _sha256(stamp: Stamp, report: Callable[[int], None], stopped: threading.Event) -> str:
+def _sha256(stamp: Stamp, advance: Callable[[int], None], stopped: threading.Event) -> str:
     digest, piece = hashlib.sha256(), bytearray(_PIECE)
     try:
         with stamp.path.open("rb", buffering=0) as stream:
             while not stopped.is_set() and (count := stream.readinto(piece)):
                 digest.update(memoryview(piece)[:count])
-                report(count)
+                advance(count)
     except OSError as error:
         raise CheckpointError(f"{stamp.path}: cannot be read: {error.strerror}") from None
     if Stamp.of(stamp.path) != stamp:
@@ -202,30 +201,3 @@ def _remember(stamp: Stamp, content: str) -> None:
         finally:
             if part is not None:
                 part.unlink(missing_ok=True)
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[Callable[[int], None]]:
-    """Takes bytes read, from any thread; a progress bar on a terminal, from the second second on."""
-    started, lock, done, bar = time.monotonic(), threading.Lock(), 0, None
-
-    def report(count: int) -> None:
-        nonlocal bar, done
-        with lock:
-            done += count
-            if bar is None and sys.stderr.isatty() and time.monotonic() - started > 1:
-                # imported here: most files were read before
-                from rich.console import Console
-                from rich.progress import Progress
-
-                bar = Progress(console=Console(stderr=True), transient=True)
-                bar.add_task("reading the weights once, to name their states", total=total)
-                bar.start()
-            if bar is not None:
-                bar.update(bar.task_ids[0], completed=done)
-
-    try:
-        yield report
-    finally:
-        if bar is not None:
-            bar.stop()

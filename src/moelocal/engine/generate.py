@@ -17,7 +17,6 @@ import mlx.core as mx
 from moelocal.engine.chunks import boundaries
 from moelocal.engine.completion import Completion, Event, FinishReason, Timing, TokenLogprob, Usage
 from moelocal.engine.load import Model
-from moelocal.engine.plan import fit
 from moelocal.engine.sampling import BAD_LOGITS, Sampler, Sampling, log_probabilities
 from moelocal.engine.session import Reuse, Session
 from moelocal.errors import ContextOverflow, MemoryOverflow, NumericsError, RequestError, TemplateError
@@ -187,7 +186,7 @@ def _prepared(
     mask = model.tokenizer.token_mask(model.config.vocab)
     sampler = Sampler(sampling or model.defaults, token_mask=mask, seed=seed, prompt=tokens)
     answer = _Answer(tokens, Detokenizer(model.tokenizer), parser, model.stop_tokens, started)
-    most = fit(model.decoder, len(tokens), min(max_tokens, room), asked=asked, held=held)
+    most = model.fit(len(tokens), min(max_tokens, room), asked=asked, held=held)
     return answer, sampler, most, mx.array(mask)
 
 

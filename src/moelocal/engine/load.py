@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +17,8 @@ from moelocal.cache import Cache, Disk, Store
 from moelocal.config import ModelConfig
 from moelocal.engine.chunks import MESSAGE_START, boundaries, message_start
 from moelocal.engine.fingerprint import Stamp, fingerprint, stamps
-from moelocal.engine.plan import memory_limit, plan, weights_nbytes
+from moelocal.engine.plan import Plan, memory_limit, plan, weights_nbytes
+from moelocal.engine.progress import late_bar
 from moelocal.engine.reuse import common
 from moelocal.engine.sampling import Sampling
 from moelocal.engine.session import Session
@@ -31,7 +29,8 @@ from moelocal.text.template import ChatTemplate
 from moelocal.text.tokenizer import Tokenizer
 from moelocal.units import parse_size
 
-_DTYPES: Final = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+DTYPES: Final = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+"""Of activations, by the names that people give."""
 
 SHARE: Final = 10
 """Snapshots may take this part of the memory that a model may take, one in so many bytes, and at most half of what its
@@ -112,6 +111,25 @@ class Model:
         """Bytes of all timelines of this model's sessions but one."""
         return sum(session.cache.nbytes for session in self._sessions if session is not but)
 
+    def _plan(self, prompt_tokens: int, max_tokens: int, held: int) -> Plan:
+        settings = (self.config, self._weights, self.dtype, prompt_tokens, max_tokens)
+        return plan(*settings, kv_bits=self.kv_bits, held=held)
+
+    def fit(self, prompt_tokens: int, max_tokens: int, asked: bool = True, held: int = 0) -> int:
+        """How many tokens an answer to a prompt may have, at most `max_tokens`. If it is less for want of memory, and
+        somebody `asked` for that number, a warning says so. `held`: bytes that other timelines hold. Snapshots are not
+        counted: they give way (`make_room`). Raises `MemoryOverflow` if the prompt does not fit."""
+        most = self._plan(prompt_tokens, max_tokens, held).check().max_tokens
+        if asked and most < min(max_tokens, self.config.context - prompt_tokens):
+            import logging  # here: every import of moelocal would pay for it
+
+            logging.getLogger("moelocal").warning(
+                "moelocal: max_tokens: memory leaves %d tokens for the answer, %d were asked for",
+                most,
+                max_tokens,
+            )
+        return most
+
     def make_room(self, session: Session, count: int, *, refuse: bool = True) -> None:
         """See to it that the timeline of a session fits into memory with `count` tokens: snapshots give way.
 
@@ -120,11 +138,7 @@ class Model:
         context = self.config.context
         if count > context:
             raise ContextOverflow(f"{count} tokens, the context of {self.name} has {context}; shorten them")
-        made = plan(
-            *(self.config, self._weights, self.dtype, min(count, context - 1), 1),
-            kv_bits=self.kv_bits,
-            held=self.held(session),
-        )
+        made = self._plan(min(count, context - 1), 1, self.held(session))
         if refuse:
             made.check()
         if made.limit is not None:
@@ -243,42 +257,17 @@ def load(
     Raises `ModelNotFound`, `ConfigError`, `UnsupportedModel`, `CheckpointError`; `RequestError` for a bad `dtype`,
     `context` or `kv_bits`, and for weights that do not fit in any way.
     """
-    wanted = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and (not isinstance(wanted, mx.Dtype) or wanted not in _DTYPES.values()):
-        raise RequestError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and (not isinstance(wanted, mx.Dtype) or wanted not in DTYPES.values()):
+        raise RequestError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     # imported here: every import of moelocal would pay for it
     from moelocal.quantize.once import prepared
 
     on_disk = 0 if snapshots == "0" else parse_size(snapshots, "snapshots")
 
     folder = prepared(model, quantization, revision=revision, offline=offline, progress=progress)
-    ModelConfig.read(folder)  # its errors first
+    layers = len(ModelConfig.read(folder).layers)  # its errors first
     files = stamps(folder)  # before the weights are read, to see later whether they are still those
-    with _layer_bar(progress) as report:
-        decoder = Decoder.open(folder, wanted, report, context=context, kv_bits=kv_bits)
+    with late_bar("loading the weights", layers, progress) as advance:
+        decoder = Decoder.open(folder, wanted, lambda *_: advance(1), context=context, kv_bits=kv_bits)
     return Model(decoder, folder, "embedded" if model is None else str(model), on_disk, files)
-
-
-@contextmanager
-def _layer_bar(wanted: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, from the second second on."""
-    started, bar = time.monotonic(), None
-
-    def report(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None and wanted and sys.stderr.isatty() and time.monotonic() - started > 1:
-            # imported here: most loads are over before it would be shown
-            from rich.console import Console
-            from rich.progress import Progress
-
-            bar = Progress(console=Console(stderr=True), transient=True)
-            bar.add_task("loading the weights")
-            bar.start()
-        if bar is not None:
-            bar.update(bar.task_ids[0], completed=done, total=total)
-
-    try:
-        yield report
-    finally:
-        if bar is not None:
-            bar.stop()

@@ -255,30 +255,6 @@ class _Shape:
         return spec.per_token * each + shared + 4 * 4 * (spec.experts + 1) + 2 * 4 * hidden
 
 
-def fit(decoder: Decoder, prompt_tokens: int, max_tokens: int, asked: bool = True, held: int = 0) -> int:
-    """How many tokens an answer to a prompt may have, at most `max_tokens`. If it is less for want of memory, and
-    somebody `asked` for that number, a warning says so. `held`: bytes that other timelines hold. Raises
-    `MemoryOverflow` if the prompt does not fit.
-
-    Snapshots are not counted: they give way (`Model.make_room`).
-    """
-    config = decoder.config
-    made = plan(
-        *(config, weights_nbytes(decoder), decoder.dtype, prompt_tokens, max_tokens),
-        kv_bits=decoder.kv_bits,
-        held=held,
-    ).check()
-    if asked and made.max_tokens < min(max_tokens, config.context - prompt_tokens):
-        import logging  # here: every import of moelocal would pay for it
-
-        logging.getLogger("moelocal").warning(
-            "moelocal: max_tokens: memory leaves %d tokens for the answer, %d were asked for",
-            made.max_tokens,
-            max_tokens,
-        )
-    return made.max_tokens
-
-
 def batch_nbytes(decoder: Decoder, rows: Sequence[tuple[int, int]]) -> int:
     """Bytes at the peak of a batch: for each row the tokens of its prompt and of prompt and answer together. The
     largest prompt is taken to be read while all other rows have all their tokens."""

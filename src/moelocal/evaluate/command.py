@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-import mlx.core as mx
-
+from moelocal import flags
+from moelocal.engine.load import DTYPES
 from moelocal.errors import RequestError
 from moelocal.evaluate.quality import EDGES, LENGTH, TOKENS, Progress, Quality, Weights, evaluate
 from moelocal.evaluate.statistics import Estimate
 from moelocal.units import size
 
-_DTYPES: Final = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _PICTURES: Final = (".png", ".svg", ".pdf")
 _BAR: Final = 40
 
@@ -52,12 +51,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=_DTYPES,
+        choices=DTYPES,
         help="of both computations; float32 unless named: rounding to 16 bits would show in the figures",
     )
-    parser.add_argument(
-        "--offline", action="store_true", help="use what is on this machine; download nothing"
-    )
+    flags.add(parser, "--offline")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it as .png, .svg or .pdf")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
@@ -80,7 +77,7 @@ def run(parsed: argparse.Namespace) -> None:
             tokens=parsed.tokens,
             length=parsed.sequence_length,
             kv_bits=parsed.kv_bits,
-            dtype=_DTYPES.get(parsed.dtype),
+            dtype=DTYPES.get(parsed.dtype),
             offline=parsed.offline,
             progress=progress,
             note=lambda line: print(line, file=sys.stderr),

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from moelocal import flags
 from moelocal.engine.load import load
 from moelocal.errors import NumericsError, RequestError
 from moelocal.evaluate.verify import CONVERSATION, Way, verify
@@ -16,25 +17,14 @@ from moelocal.evaluate.verify import CONVERSATION, Way, verify
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `verify`."""
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a folder or a Hugging Face name; else the embedded one"
-    )
+    flags.add(parser, "model")
     parser.add_argument(
         "--conversation",
         type=Path,
         metavar="FILE",
         help='a chat saved with /save, a JSON list of messages, or {"messages": [...], "tools": [...]}',
     )
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the computation")
-    parser.add_argument(
-        "--context", type=int, metavar="TOKENS", help="the longest conversation, if need be stretched by YaRN"
-    )
-    parser.add_argument(
-        "--kv-bits", type=int, choices=(8, 4), help="keep keys and values in so many bits, on both sides"
-    )
-    parser.add_argument(
-        "--offline", action="store_true", help="use what is on this machine; download nothing"
-    )
+    flags.add(parser, "--dtype", "--context", "--kv-bits", "--offline")
     parser.add_argument(
         "--json", action="store_true", help="print the result as one JSON object, on the last line"
     )

@@ -48,27 +48,14 @@ def portable(
     groups, keys = k.weight.shape[1], k.weight.shape[2]
     # float32, as products are rounded to the dtype of their factors and scores are exponents
     rows = (q.astype(mx.float32) * scale).reshape(batch, groups, heads // groups * time, size)
-    scores = _product(rows, k, transpose=True).reshape(batch, heads, time, keys)
+    scores = k.astype(mx.float32).product(rows).reshape(batch, heads, time, keys)
     scores = mx.where(dense.visible(time, keys, hidden, length), scores, -mx.inf)
     weights = mx.softmax(scores, axis=-1).reshape(batch, groups, -1, keys)
-    y = _product(weights, v, transpose=False).reshape(batch, heads, time, size).swapaxes(1, 2)
+    y = v.astype(mx.float32).product(weights, transpose=False)
+    y = y.reshape(batch, heads, time, size).swapaxes(1, 2)
     if gate is not None:
         y = y * mx.sigmoid(gate.astype(mx.float32))
     return y.reshape(batch, time, -1).astype(q.dtype)
-
-
-def _product(x: mx.array, matrix: QuantizedArray, transpose: bool) -> mx.array:
-    wide, spec = matrix.astype(mx.float32), matrix.spec
-    return mx.quantized_matmul(
-        x,
-        wide.weight,
-        wide.scales,
-        wide.biases,
-        transpose=transpose,
-        group_size=spec.group,
-        bits=spec.bits,
-        mode=spec.mode,
-    )
 
 
 BLOCKS: Final = dense.blocks_kernel(

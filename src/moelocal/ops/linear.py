@@ -15,19 +15,7 @@ def reference(x: mx.array, weight: Weight) -> mx.array:
 
 
 def portable(x: mx.array, weight: Weight) -> mx.array:
-    if isinstance(weight, mx.array):
-        return x @ weight.T
-    spec = weight.spec
-    return mx.quantized_matmul(
-        x,
-        weight.weight,
-        weight.scales,
-        weight.biases,
-        transpose=True,
-        group_size=spec.group,
-        bits=spec.bits,
-        mode=spec.mode,
-    )
+    return x @ weight.T if isinstance(weight, mx.array) else weight.product(x)
 
 
 def host(x: mx.array, weight: Weight) -> mx.array:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from moelocal import hub
+from moelocal import flags, hub
 from moelocal.checkpoint.scope import Checkpoint
 from moelocal.errors import RequestError
 from moelocal.formats import QuantizedArray
@@ -62,8 +62,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "folder; what else is in it (vision, MTP) is lost",
     )
     parser.add_argument("--dequantize", action="store_true", help="accept a source that is quantized already")
-    parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face repository")
-    parser.add_argument("--offline", action="store_true", help="download nothing")
+    flags.add(parser, "--revision", "--offline")
 
 
 class Texts:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from moelocal import hub
+from moelocal import flags, hub
 from moelocal.config import AttentionSpec, ModelConfig, MoESpec
 from moelocal.errors import ConfigError, RequestError
 from moelocal.quantize.fit import fit
@@ -45,13 +45,7 @@ _NAMES = {
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `inspect`."""
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a folder or a Hugging Face name; else the embedded one"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face repository")
-    parser.add_argument(
-        "--offline", action="store_true", help="use what is on this machine; download nothing"
-    )
+    flags.add(parser, "model", "--revision", "--offline")
     parser.add_argument(
         "--recipe", metavar="RECIPE", help=f"what it would become: {', '.join(BUILT_IN)}, or a file"
     )
