@@ -71,7 +71,7 @@ class QuantizedArray:
             return self
         return QuantizedArray(self.weight, self.scales.astype(dtype), self.biases.astype(dtype), self.spec)
 
-    def rows(self, index: mx.array) -> QuantizedArray:
+    def rows(self, index: mx.array | slice) -> QuantizedArray:
         """Rows chosen along the first axis; codes and scales of a row move together."""
         biases = None if self.biases is None else self.biases[index]
         return QuantizedArray(self.weight[index], self.scales[index], biases, self.spec)

@@ -8,29 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from close import relative_error
-from moelocal.formats import QuantizedArray, QuantSpec, join_rows
+from matrices import packed, swiglu
+from moelocal.formats import QuantSpec
 from moelocal.ops import experts, linear, route
-from moelocal.ops.experts import SwiGLU
 
 # float32 dot products over at most 192 columns in another order; measured 1e-6
 LIMIT = 1e-5
 SPECS = [QuantSpec(b, g) for b in (2, 3, 4, 5, 6, 8) for g in (32, 64, 128)]
 SPECS += [QuantSpec(4, 32, "mxfp4"), QuantSpec(8, 32, "mxfp8"), QuantSpec(4, 16, "nvfp4")]
-
-
-def packed(weight: mx.array, spec: QuantSpec | None):
-    if spec is None:
-        return weight
-    parts = mx.quantize(weight, group_size=spec.group, bits=spec.bits, mode=spec.mode)
-    return QuantizedArray(parts[0], parts[1], parts[2] if len(parts) > 2 else None, spec)
-
-
-def swiglu(spec, lead, width, hidden, joined=True):
-    gate, up = (packed(mx.random.normal((*lead, width, hidden)) * 0.1, spec) for _ in range(2))
-    return SwiGLU(
-        (join_rows([gate, up]),) if joined else (gate, up),
-        packed(mx.random.normal((*lead, hidden, width)) * 0.1, spec),
-    )
 
 
 def check(spec, tokens, count, per_token, width, hidden, seed, shared=True, joined=True, residual=True):

@@ -228,8 +228,9 @@ def test_memory_holds_one_layer_however_many_there_are(tmp_path, monkeypatch):
         peak("layer")
     # its weights, what is made of it (0.19), and what is in work
     assert max(peaks["experts"]) < 1.5 * layer, [each / layer for each in peaks["experts"]]
-    # on the CPU device the packed experts are unpacked to run, beside the original ones
-    assert max(peaks["layer"]) < 3 * layer, [each / layer for each in peaks["layer"]]
+    # on the CPU device the packed experts are unpacked to run, beside the original ones: twice a layer in float32; and
+    # two matrices are gathered and unpacked at once on two cores (decision 0009). Measured 3.2
+    assert max(peaks["layer"]) < 3.5 * layer, [each / layer for each in peaks["layer"]]
 
 
 def unpacked(folder: Path, to: Path) -> Path:

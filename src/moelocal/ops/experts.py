@@ -8,6 +8,7 @@ shared expert, `residual` where nothing is to be added.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import mlx.core as mx
 import numpy as np
@@ -15,8 +16,9 @@ import numpy as np
 from moelocal.formats import QuantizedArray, Weight, arrays_of
 from moelocal.metal import Kernel
 from moelocal.ops import linear as lin
+from moelocal.ops.cores import ahead, in_parts
 from moelocal.ops.geometry import ROWS
-from moelocal.ops.host import Host, borrow, borrow_weight, many_rows, silu
+from moelocal.ops.host import Host, borrow, dense, many_rows, silu
 from moelocal.ops.op import Op
 
 SORT_FROM = 64
@@ -109,10 +111,16 @@ def portable(
     else:
         rows, experts = x[..., None, None, :], chosen
     rows = rows.astype(dtype)
-    inner = swiglu([_gathered(rows, w, experts, ordered) for w in routed.gate_up])
-    out = _gathered(inner, routed.down, experts, ordered)
+
+    def run(some: slice) -> mx.array:
+        inner = swiglu([_gathered(rows, w, experts[..., some], ordered) for w in routed.gate_up])
+        return _gathered(inner, routed.down, experts[..., some], ordered)
+
     if ordered:
-        out = out[mx.argsort(order)]
+        out = run(slice(None))[mx.argsort(order)]
+    else:
+        work = chosen.size * sum(map(_count, (*routed.gate_up, routed.down)))
+        out = in_parts(run, per_token, work, axis=-3)
     out = out.reshape(*lead, per_token, hidden).astype(mx.float32)
     total = (weights[..., None, :] @ out)[..., 0, :]
     if shared is not None and share is not None:
@@ -121,11 +129,10 @@ def portable(
     return (total if residual is None else residual + total).astype(x.dtype)
 
 
-def _host_swiglu(x: Host, gate_up: list[Host], down: Host) -> Host:
-    parts = [x @ w.T for w in gate_up]
+def _host_swiglu(parts: list[Host]) -> Host:
+    """`swiglu` of NumPy's arrays."""
     gate, up = np.split(parts[0], 2, axis=-1) if len(parts) == 1 else parts
-    hidden: Host = (silu(gate) * up) @ down.T
-    return hidden
+    return silu(gate) * up
 
 
 UNPACKED = 1 << 22
@@ -162,17 +169,21 @@ def host(
     pairs_of = np.split(order, starts[1:])
     matrices = (*routed.gate_up, routed.down)
     step = max(1, UNPACKED // sum(_count(matrix) for matrix in matrices))
-    for first in range(0, len(used), step):
-        some = mx.array(used[first : first + step])
-        *gate_up, down = [borrow_weight(_experts(matrix, some)) for matrix in matrices]
+    firsts = range(0, len(used), step)
+    unpacked = ahead(
+        lambda piece: dense(_experts(piece[1], mx.array(used[piece[0] : piece[0] + step]))),
+        product(firsts, matrices),
+    )
+    for first in firsts:
+        *gate_up, down = [borrow(next(unpacked)) for _ in matrices]
         for e, pairs in enumerate(pairs_of[first : first + step]):
             # a token meets an expert at most once, so that += over its rows is safe
             token = pairs // per_token
-            total[token] += w[pairs, None] * _host_swiglu(rows[token], [g[e] for g in gate_up], down[e])
+            inner = _host_swiglu([rows[token] @ g[e].T for g in gate_up])
+            total[token] += w[pairs, None] * (inner @ down[e].T)
     if shared is not None and share is not None:
-        total += borrow(share).reshape(-1, 1) * _host_swiglu(
-            rows, [borrow_weight(g) for g in shared.gate_up], borrow_weight(shared.down)
-        )
+        inner = _host_swiglu([lin.on_host(rows, g) for g in shared.gate_up])
+        total += borrow(share).reshape(-1, 1) * lin.on_host(inner, shared.down)
     if residual is not None:
         total += borrow(residual).reshape(total.shape)
     return mx.array(total.reshape(x.shape))

@@ -33,11 +33,9 @@ def borrow(array: mx.array) -> Host:
     return np.asarray(array)
 
 
-def borrow_weight(weight: Weight) -> Host:
-    """A weight as float32 values; packed ones are unpacked."""
-    if isinstance(weight, QuantizedArray):
-        return borrow(weight.dequantize(mx.float32))
-    return borrow(weight if weight.dtype == mx.float32 else weight.astype(mx.float32))
+def dense(weight: Weight) -> mx.array:
+    """A weight in float32; packed ones are unpacked."""
+    return weight.dequantize(mx.float32) if isinstance(weight, QuantizedArray) else weight.astype(mx.float32)
 
 
 def silu(x: Host) -> Host:

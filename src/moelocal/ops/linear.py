@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 
 from moelocal.formats import QuantizedArray, Weight
-from moelocal.ops.host import borrow, borrow_weight, many_rows
+from moelocal.ops.cores import ahead, in_parts
+from moelocal.ops.host import Host, borrow, dense, many_rows
 from moelocal.ops.op import Op
 
 
@@ -15,11 +17,29 @@ def reference(x: mx.array, weight: Weight) -> mx.array:
 
 
 def portable(x: mx.array, weight: Weight) -> mx.array:
-    return x @ weight.T if isinstance(weight, mx.array) else weight.product(x)
+    if isinstance(weight, mx.array):
+        return x @ weight.T
+    rows = weight.weight.shape[0]
+    return in_parts(lambda some: weight.rows(some).product(x), rows, rows * x.shape[-1], axis=-1)
+
+
+UNPACKED = 1 << 20
+"""Weights that are unpacked at once: few enough to be in a cache still when they are multiplied."""
 
 
 def host(x: mx.array, weight: Weight) -> mx.array:
-    return mx.array(borrow(x) @ borrow_weight(weight).T)
+    return mx.array(on_host(borrow(x), weight))
+
+
+def on_host(x: Host, weight: Weight) -> Host:
+    """The product of NumPy's rows with a weight, which is unpacked piece by piece."""
+    if isinstance(weight, mx.array):
+        whole: Host = x @ borrow(dense(weight)).T
+        return whole
+    step = max(1, UNPACKED // x.shape[-1])
+    firsts = range(0, weight.weight.shape[0], step)
+    pieces = ahead(lambda first: dense(weight.rows(slice(first, first + step))), firsts)
+    return np.concatenate([x @ borrow(piece).T for piece in pieces], axis=-1)
 
 
 linear = Op(
