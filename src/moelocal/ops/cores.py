@@ -28,18 +28,20 @@ AHEAD: Final = 4
 """Most results that wait for the caller of `ahead`: each takes memory."""
 
 
-def in_parts(part: Callable[[slice], mx.array], count: int, weights: int, axis: int) -> mx.array:
-    """`part(slice(0, count))`, where it is worth it in several parts, each on a core of its own, joined along `axis`.
-
-    `part(some)` computes rows `some` of `count`, which are together as much work as a product with `weights` weights.
-    """
+def cut(count: int, weights: int) -> list[slice]:
+    """`count` rows, which are as much work as a product with `weights` weights, in a part for each core; nothing where
+    one core has them done as soon."""
     number = min(count, weights // LEAST, cores()) if on_cpu() else 1
-    if number < 2:
-        return part(slice(0, count))
+    edges = (count * i // number for i in range(number + 1))
+    return [slice(*each) for each in pairwise(edges)] if number > 1 else []
+
+
+def on_cores(part: Callable[[slice], mx.array], parts: list[slice], axis: int) -> mx.array:
+    """`part` of each of the parts, on a core of its own, joined along `axis`."""
     found = []
-    for i, (first, last) in enumerate(pairwise(count * i // number for i in range(number + 1))):
-        with _core(i):
-            found.append(part(slice(first, last)))
+    for number, some in enumerate(parts):
+        with _core(number):
+            found.append(part(some))
     return mx.concatenate(found, axis)
 
 

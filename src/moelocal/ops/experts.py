@@ -16,7 +16,7 @@ import numpy as np
 from moelocal.formats import QuantizedArray, Weight, arrays_of
 from moelocal.metal import Kernel
 from moelocal.ops import linear as lin
-from moelocal.ops.cores import ahead, in_parts
+from moelocal.ops.cores import ahead, cut, on_cores
 from moelocal.ops.geometry import ROWS
 from moelocal.ops.host import Host, borrow, dense, many_rows, silu
 from moelocal.ops.op import Op
@@ -112,15 +112,17 @@ def portable(
         rows, experts = x[..., None, None, :], chosen
     rows = rows.astype(dtype)
 
-    def run(some: slice) -> mx.array:
-        inner = swiglu([_gathered(rows, w, experts[..., some], ordered) for w in routed.gate_up])
-        return _gathered(inner, routed.down, experts[..., some], ordered)
+    def run(experts: mx.array) -> mx.array:
+        inner = swiglu([_gathered(rows, w, experts, ordered) for w in routed.gate_up])
+        return _gathered(inner, routed.down, experts, ordered)
 
+    work = chosen.size * sum(map(_count, (*routed.gate_up, routed.down)))
     if ordered:
-        out = run(slice(None))[mx.argsort(order)]
+        out = run(experts)[mx.argsort(order)]
+    elif parts := cut(per_token, work):
+        out = on_cores(lambda some: run(chosen[..., some]), parts, axis=-3)
     else:
-        work = chosen.size * sum(map(_count, (*routed.gate_up, routed.down)))
-        out = in_parts(run, per_token, work, axis=-3)
+        out = run(chosen)
     out = out.reshape(*lead, per_token, hidden).astype(mx.float32)
     total = (weights[..., None, :] @ out)[..., 0, :]
     if shared is not None and share is not None:

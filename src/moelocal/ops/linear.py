@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from moelocal.formats import QuantizedArray, Weight
-from moelocal.ops.cores import ahead, in_parts
+from moelocal.ops.cores import ahead, cut, on_cores
 from moelocal.ops.host import Host, borrow, dense, many_rows
 from moelocal.ops.op import Op
 
@@ -20,7 +20,9 @@ def portable(x: mx.array, weight: Weight) -> mx.array:
     if isinstance(weight, mx.array):
         return x @ weight.T
     rows = weight.weight.shape[0]
-    return in_parts(lambda some: weight.rows(some).product(x), rows, rows * x.shape[-1], axis=-1)
+    if parts := cut(rows, rows * x.shape[-1]):
+        return on_cores(lambda some: weight.rows(some).product(x), parts, axis=-1)
+    return weight.product(x)
 
 
 UNPACKED = 1 << 20
