@@ -1,14 +1,15 @@
 """How fast a model is on this machine, alone and beside other programs. The same as `moelocal bench`:
 
-    python benchmarks/speed.py [--model NAME] [--against mlx-lm] [--against localhost:1234] [--json]
-                               [--contexts 0,4096,32k] [--tokens N] [--rounds N] [--loads N] [--plot FILE]
+    python benchmarks/speed.py [--model NAME] [--against mlx-lm] [--against localhost:1234[=MODEL]]
+                               [--contexts 0,4096,32k] [--tokens N] [--rounds N] [--loads N] [--plot FILE] [--json]
 
 - A run reads a prompt of a known number of tokens (Python's documentation, behind a number that no other prompt begins
   with) on an empty cache and decodes greedily behind it; stop tokens do not stop it.
 - decode: tokens after the first over their time. prefill: tokens of the prompt over the time to the first token, from
   the text (ours and mlx-lm's tokenizing included) or, for a server, from the request.
 - load: the call that loads weights, tokenizer and template, in a fresh interpreter, imports excluded, files in the
-  system's cache. MLX memory: the most that MLX held during a run; resident memory: of the process since it started.
+  system's cache. MLX memory: the most that MLX held during a run. Resident memory: the most that the process had
+  since it started, while it had read no longer prompt; contexts grow in a round, so all rounds count at the last one.
 - J/token: of the whole machine, where it tells (macOS with zeus-apple-silicon; RAPL on Linux where everybody may read).
 - of limit: decoding beside a program that does nothing but move the bytes that a token needs at least (weights of the
   experts that run and of all else, states, keys and values), as fast as MLX's device copies memory here, measured.

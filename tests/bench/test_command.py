@@ -12,32 +12,24 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 
 import moelocal
-from bench.local_server import DONE, event, listing, piece, serving, streaming
-from moelocal.bench import bandwidth, command, peers, worker
-from moelocal.bench.bytes import moved_per_token, read_per_token
+from bench.local_server import DONE, answer_of, event, listing, piece, serving, streaming
+from moelocal.bench import bandwidth, command, peers
+from moelocal.bench.bytes import moved_per_token
 from moelocal.bench.command import add_flags, run
 from moelocal.bench.energy import Meter
-from moelocal.bench.header import Header, Identity
-from moelocal.bench.peers import OURS, Loaded, Process, Prompt, Sample, SideFailed
-from moelocal.bench.plot import plot
-from moelocal.bench.report import Agreement, Parting, Result
+from moelocal.bench.header import Identity, machine_name
+from moelocal.bench.peers import Served
 from moelocal.bench.results import read
-from moelocal.bench.speed import Measured
+from moelocal.bench.server import Server
 from moelocal.chat.command import exit_code
 from moelocal.config import ModelConfig
-from moelocal.engine.plan import weights_nbytes
-from moelocal.errors import MoelocalError, RequestError
 from moelocal.hub import EMBEDDED
-from moelocal.model import Decoder
-from moelocal.text.template import ChatTemplate
 
 SHORT = ("--contexts", "0,64", "--tokens", 4, "--rounds", 1, "--loads", 1)
 PACKAGE = Path(moelocal.__file__).parents[1]
@@ -65,7 +57,7 @@ def refused(capsys, *arguments: object) -> str:
 def test_the_embedded_model_is_measured_and_the_figures_go_everywhere(tmp_path, capsys):
     assert call(*SHORT, "--results", tmp_path / "results", "--json") == 0
     told = capsys.readouterr()
-    *lines, last = told.out.splitlines()
+    *shown, last = told.out.splitlines()
     found = json.loads(last)
     assert found["model"]["dtype"] == "float32" and found["tokens"] == 4
     ours = found["programs"]["moelocal"]["contexts"]
@@ -83,15 +75,46 @@ def test_the_embedded_model_is_measured_and_the_figures_go_everywhere(tmp_path, 
     assert found["beside"] == {}
     (file,) = (tmp_path / "results").glob("*.tsv")
     (picture,) = (tmp_path / "results").glob("*.png")
-    assert f"results    {file}" in lines and f"plot       {picture}" in lines
+    assert f"results    {file}" in shown and f"plot       {picture}" in shown
     assert picture.read_bytes().startswith(b"\x89PNG")
     rows = {(row.setting, row.figure): row for row in read(file)}
     decode = rows["context=64 tokens=4 dtype=float32", "decode"]
     assert decode.value == pytest.approx(ours["64"]["decode"]["value"], rel=1e-5)
     assert (decode.program, decode.unit, decode.low, decode.count) == ("moelocal", "tokens/s", None, 1)
     assert decode.model == Identity.of(EMBEDDED, "embedded")
-    assert lines[6].startswith("model      embedded: 9.2 MB, 16.00 bits per weight")
-    assert "loads in" in told.out and "\n      64  " in told.out
+    assert shown[6].startswith("model      embedded: 9.2 MB, 16.00 bits per weight")
+    assert "loads in" in told.out and "\n       64  " in told.out
+
+
+@pytest.mark.parametrize("breaks", ["plot", "results"])
+def test_what_was_measured_is_told_whatever_fails_behind_it(breaks, tmp_path, capsys, monkeypatch):
+    place = tmp_path / "results"
+
+    def removed(what):
+        """The real function, behind somebody who removes the folder, or puts a file in its place."""
+        real = getattr(*what)
+
+        def call(*arguments):
+            shutil.rmtree(place, ignore_errors=True)
+            if breaks == "results":
+                place.touch()
+            return real(*arguments)
+
+        monkeypatch.setattr(*what, call)
+
+    removed((command, "_draw") if breaks == "plot" else (command.results, "append"))
+    assert call(*SHORT, "--results", place, "--json") == 1
+    told = capsys.readouterr()
+    *shown, last = told.out.splitlines()
+    assert json.loads(last)["programs"]["moelocal"]["contexts"]["64"]["decoded"] == [4]
+    assert "4 tokens decoded greedily; 1 round after a warm-up: median (least to largest)" in shown
+    assert any(line.startswith("results ") for line in shown) == (breaks == "plot")
+    name = machine_name()
+    assert told.err == "moelocal: error: " + (
+        f"{place}/{name}-embedded.png: cannot be written: No such file or directory\n"
+        if breaks == "plot"
+        else f"{place}/{name}.tsv: results cannot be written: File exists\n"
+    )
 
 
 def test_nothing_is_written_that_was_not_asked_for(tmp_path, capsys, monkeypatch):
@@ -133,7 +156,7 @@ class Greedy:
 
 
 def beside(capsys, post, *more: object) -> tuple[dict[str, Any], str, str]:
-    """The figures beside a server, what was printed, and where the server was."""
+    """The figures beside a server, what was printed, and what the server is called."""
     with serving(listing("tiny"), post) as server:
         flags = ("--contexts", "128", "--tokens", 12, "--rounds", 1, "--loads", 1, "--no-results", "--json")
         assert call(*flags, "--against", server.address, *more) == 0
@@ -143,12 +166,12 @@ def beside(capsys, post, *more: object) -> tuple[dict[str, Any], str, str]:
         assert all(body["temperature"] == 0.0 and body["max_tokens"] == 12 for body in asked)
         texts = [body["messages"][0]["content"] for body in asked]
         assert len(set(texts)) == len(texts), "a prompt was asked twice: a cache may have answered"
-    return json.loads(out.splitlines()[-1]), out, server.address
+    return json.loads(out.splitlines()[-1]), out, f"tiny at {server.address}"
 
 
 def test_a_server_that_says_the_same_is_measured_in_pairs(capsys):
     found, out, address = beside(capsys, Greedy())
-    assert found["programs"][address]["title"] == f"tiny at {address}"
+    assert found["programs"][address]["title"] == address
     pair = found["beside"][address]
     assert pair["same_tokens"] and pair["tokens_compared"] > 8 and pair["parted"] == []
     assert pair["contexts"]["128"]["decode"]["pairs"] == 1
@@ -191,12 +214,8 @@ def test_a_server_that_cuts_the_prompt_is_not_compared(capsys):
 @pytest.mark.parametrize(
     ("models", "more", "words"),
     [
-        (("a", "b"), (), "server HERE: it serves 2 models; name one: a, b (--server-model)"),
-        (
-            ("a", "b"),
-            ("--server-model", "c"),
-            "server HERE: /v1/chat/completions: 404 Not Found: no model c",
-        ),
+        (("a", "b"), "", "server HERE: it serves 2 models; name one, as HERE=a: a, b"),
+        (("a", "b"), "=c", "server HERE: /v1/chat/completions: 404 Not Found: no model c"),
     ],
 )
 def test_which_model_of_a_server_must_be_known(models, more, words, capsys):
@@ -204,7 +223,29 @@ def test_which_model_of_a_server_must_be_known(models, more, words, capsys):
         handler.whole(404, b'{"error": {"message": "no model c"}}')
 
     with serving(listing(*models), post) as server:
-        assert refused(capsys, "--against", server.address, *more).replace(server.address, "HERE") == words
+        assert refused(capsys, "--against", server.address + more).replace(server.address, "HERE") == words
+
+
+def called(server: Server, model: str) -> str:
+    return Served(server, model, encode=list, meter=Meter(None)).name
+
+
+def test_the_name_of_a_model_does_not_steer_the_terminal(monkeypatch):
+    server = Server("localhost:1", ("127.0.0.1",), 1, "/v1")
+    assert called(server, "a\x1b[2J\n[/red]") == "a?[2J?[/red] at localhost:1"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with command._bar(True) as report:
+        report("a [/red]: 512 tokens", 1, 2)  # is no style that was never begun
+
+
+def test_models_of_one_server_are_told_apart_and_none_is_asked_twice(capsys, monkeypatch):
+    with serving(listing("a", "b"), answer_of(["x"])) as server:
+        one, two = (f"{server.address}={name}" for name in "ab")
+        parsed = argparse.Namespace(against=[one, two])
+        sides = [called(*named) for named in command._servers(parsed)]
+        assert sides == [f"a at {server.address}", f"b at {server.address}"]
+        assert [body["model"] for _, body in server.asked if body] == ["a", "b"]
+        assert refused(capsys, "--against", one, "--against", one) == f"--against {one}: named twice"
 
 
 # what is refused
@@ -221,10 +262,10 @@ def test_prompts_go_nowhere_else(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--against", "localhost:1", "--against", "localhost:1"), "--against localhost:1: named twice"),
+        (("--against", "mlx_lm"), "--against mlx_lm: expected mlx-lm, or an address like localhost:1234"),
         (
-            ("--server-model", "m"),
-            "--server-model names a model of a server, and no server is named by --against",
+            ("--against", "ollama=a:7b"),
+            "--against ollama=a:7b: expected mlx-lm, or an address like localhost:1234",
         ),
         (("--plot", "x.pdf"), "--plot x.pdf: expected a name that ends in .png"),
         (("--plot", "/no/such/x.png"), "--plot /no/such/x.png: no folder /no/such"),
@@ -285,110 +326,6 @@ def test_a_context_for_which_memory_has_no_room_is_refused_with_the_one_that_fit
     )
 
 
-# processes
-
-
-def test_a_process_that_dies_says_so_and_can_be_started_again(tmp_path):
-    side = Process(OURS, EMBEDDED, None, Meter(None))
-    try:
-        side.start()
-        assert side._process is not None
-        side._process.kill()
-        with pytest.raises(SideFailed) as caught:
-            side.run(Prompt("a"), 2)
-        assert str(caught.value) == (
-            "moelocal: its process was ended by the system, as happens where memory is short"
-        )
-        side.stop()
-        side.start()
-        assert len(side.run(Prompt("a"), 2).tokens) == 2
-    finally:
-        side.stop()
-
-
-def test_what_goes_wrong_in_a_process_is_told_without_a_traceback(tmp_path):
-    broken = shutil.copytree(EMBEDDED, tmp_path / "broken")
-    (broken / "model.safetensors").write_bytes(b"no weights")
-    side = Process(OURS, broken, None, Meter(None))
-    try:
-        with pytest.raises(SideFailed) as caught:
-            side.start()
-        with pytest.raises(MoelocalError) as expected:
-            moelocal.load(broken)
-        assert str(caught.value) == f"moelocal: {expected.value}"
-    finally:
-        side.stop()
-
-
-def test_answers_are_endless_and_nothing_is_reused():
-    side = Process(OURS, EMBEDDED, None, Meter(None))
-    try:
-        side.start()
-        # the model would end its answer here
-        prompt = Prompt(
-            ChatTemplate.open(EMBEDDED).render(
-                [{"role": "user", "content": "What is 2 + 3?"}], thinking=False
-            )
-        )
-        first, second = side.run(prompt, 40), side.run(prompt, 40)
-    finally:
-        side.stop()
-    assert first.tokens == second.tokens and len(first.tokens) == 40
-    assert moelocal.load().stop_tokens & set(first.tokens[:-1]), "the control: it would have ended before"
-    assert (first.cached, second.cached) == (0, 0)
-    assert first.prompt_tokens == second.prompt_tokens > 10
-
-
-class Steps:
-    """A meter that counts the marks: each section is one joule more."""
-
-    name = "steps"
-
-    def __init__(self) -> None:
-        self.sections = 0.0
-
-    def begin(self) -> None:
-        return None
-
-    def joules(self, mark: None) -> float:
-        self.sections += 1
-        return self.sections
-
-
-def test_energy_is_taken_up_to_the_first_token_and_from_there():
-    side = Process(OURS, EMBEDDED, None, Meter(Steps()))
-    try:
-        side.start()
-        found = side.run(Prompt("Good morning"), 3)
-    finally:
-        side.stop()
-    assert (found.prefill_joules, found.decode_joules) == (1.0, 2.0)
-
-
-def test_mlx_lm_is_measured_in_the_environment_that_its_users_have(monkeypatch):
-    ours = {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "400"}
-    monkeypatch.setattr(peers.machine, "chip", lambda: "Apple M3 Max")
-    monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", ours["MLX_MAX_OPS_PER_BUFFER"])
-    monkeypatch.setenv("MLX_MAX_MB_PER_BUFFER", "77")  # somebody else's: it stays
-    assert {k: v for k, v in peers.environment("mlx-lm").items() if k in ours} == {
-        "MLX_MAX_MB_PER_BUFFER": "77"
-    }
-    assert {k: v for k, v in peers.environment(OURS).items() if k in ours} == {
-        "MLX_MAX_OPS_PER_BUFFER": "1000",
-        "MLX_MAX_MB_PER_BUFFER": "77",
-    }
-    assert peers.environment(OURS)["PYTHONPATH"].split(os.pathsep)[0] == str(PACKAGE)
-
-
-def test_the_worker_does_not_import_what_it_does_not_measure():
-    program = (
-        "import sys, runpy; sys.argv = ['worker.py', 'other']\n"
-        f"runpy.run_path({worker.__file__!r})\n"
-        "assert not {'moelocal', 'mlx'} & set(sys.modules), sys.modules.keys()"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
-
-
 @pytest.mark.parity
 def test_mlx_lm_says_the_same_from_plain_and_from_packed_weights(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MOELOCAL_CACHE", str(tmp_path))
@@ -418,7 +355,7 @@ from moelocal.bench.command import add_flags, run
 from moelocal.chat.command import exit_code
 parser = argparse.ArgumentParser(); add_flags(parser)
 sys.exit(exit_code(run, parser.parse_args(["--contexts", "0", "--tokens", "64", "--rounds", "9999", "--loads", "1",
-    "--results", {str(tmp_path)!r}])))
+    "--results", {str(tmp_path)!r}, "--json"])))
 """
     reader, writer = pty.openpty()
     process = subprocess.Popen(
@@ -436,38 +373,13 @@ sys.exit(exit_code(run, parser.parse_args(["--contexts", "0", "--tokens", "64", 
     out, _ = process.communicate(timeout=60)
     os.close(reader)
     assert process.returncode == 130
-    assert "note: stopped before its end; the figures are of what was measured until then" in out
+    *told, last = out.splitlines()
+    assert "note: stopped early; the figures are of what was measured until then" in told
+    assert json.loads(last)["interrupted"]
     (file,) = tmp_path.glob("*.tsv")
+    assert {row.remark for row in read(file)} == {"stopped early"}
     (decode,) = [row for row in read(file) if row.figure == "decode"]
     assert decode.count >= 3
-
-
-def test_a_process_ends_with_the_one_that_started_it_also_in_the_midst_of_a_run():
-    program = f"""
-import os, sys
-from moelocal.bench.energy import Meter
-from moelocal.bench.peers import OURS, Process, Prompt
-side = Process(OURS, {str(EMBEDDED)!r}, None, Meter(None))
-side.start()
-side._send(do="run", text="a", count=4000)
-side._answer()
-print(side._process.pid, flush=True)
-os._exit(9)
-"""
-    place = os.environ | {"PYTHONPATH": str(PACKAGE)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=place, check=False
-    )
-    worker_id, deadline = int(done.stdout), time.monotonic() + 10
-    while time.monotonic() < deadline and "worker.py" in words_of(worker_id):
-        time.sleep(0.05)
-    assert "worker.py" not in words_of(worker_id)
-
-
-def words_of(process: int) -> str:
-    """The command of a process that runs; empty if there is none (a zombie has no words either)."""
-    shown = ["ps", "-o", "args=", "-p", str(process)]
-    return subprocess.run(shown, capture_output=True, text=True, check=False).stdout
 
 
 @pytest.mark.slow
@@ -489,99 +401,3 @@ run(parser.parse_args({[str(each) for each in (*SHORT, "--results", tmp_path)]!r
         [sys.executable, "-c", program], capture_output=True, env=os.environ | place, check=False
     )
     assert done.returncode == 0, done.stderr.decode()
-
-
-# bytes and reports
-
-
-def test_bytes_per_token_are_all_weights_but_unused_experts_and_rows():
-    decoder = Decoder.open(EMBEDDED, mx.float32)
-    config = decoder.config
-    unused = 0
-    for block in decoder.blocks:
-        routed = sum(array.nbytes for array in block.mlp.routed.arrays)
-        unused += routed * (block.mlp.spec.experts - block.mlp.spec.per_token) // block.mlp.spec.experts
-    assert not config.tied  # of the embedding one row is read
-    unused += 4 * config.hidden * (config.vocab - 1)
-    assert read_per_token(decoder) == weights_nbytes(decoder) - unused
-
-
-def test_bytes_beside_the_weights_grow_with_the_context(root):
-    raw = json.loads((root / "benchmarks/configs/qwen3.6-35b-a3b.json").read_text())
-    config = ModelConfig.parse(raw)
-    # of 40 layers 10 attend: 2 heads of 256, keys and values, two bytes each
-    position = 10 * 2 * 2 * 256 * 2
-    # 30 delta nets: 32 heads with a state of 128 x 128 in float32, and 3 rows of 8192 channels
-    state = 30 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
-    assert moved_per_token(config, 1_700_000_000, 1000, 2) == 1_700_000_000 + 2 * state + 1002 * position
-
-
-def result(ours: tuple[int, ...], theirs: tuple[int, ...], side: str = "mlx-lm") -> Result:
-    measured = Measured((OURS, side), (0,), 4, True)
-    measured.starts = {
-        OURS: [Loaded("1", 1.0, dtype="float32", read_per_token=1000)],
-        side: [Loaded("2", 3.0)],
-    }
-    measured.runs[0, 0] = {
-        name: Sample(1, tokens, 4, 1.0, seconds)
-        for name, tokens, seconds in ((OURS, ours, 1.0), (side, theirs, 2.0))
-    }
-    header = Header("m", "chip", 1, 1, 1e9, "p", "s", "3", "0", "cpu", "c", "2026-01-01T00:00:00Z", "x")
-    return Result(
-        header,
-        Identity("n", "q", 1, "h"),
-        ModelConfig.read(EMBEDDED),
-        measured,
-        lambda tokens: (tokens, 0 in tokens),
-        [True] * 9 + [False],
-    )
-
-
-def test_where_tokens_part():
-    assert result((1, 2, 3, 4), (1, 2, 3, 4)).agreement("mlx-lm") == Agreement(1, 4, ())
-    assert result((1, 2, 3, 4), (1, 2, 8, 4)).agreement("mlx-lm") == Agreement(1, 2, (Parting(0, 1, 3),))
-    # row 9 of the output is no token here, and moelocal never chooses such a row
-    assert result((1, 2, 3, 4), (1, 2, 9, 4)).agreement("mlx-lm") == Agreement(
-        1, 2, (Parting(0, 1, 3, True),)
-    )
-    # in text of a server the last token of either may be cut
-    assert result((1, 2, 3, 4), (1, 2, 9), "localhost:1").agreement("localhost:1") == Agreement(1, 2, ())
-    assert result((1, 2, 3, 4), (1, 9, 3), "localhost:1").agreement("localhost:1") == Agreement(
-        1, 1, (Parting(0, 1, 2),)
-    )
-    assert not Agreement(0, 0, ()).same
-
-
-def test_an_answer_that_ends_is_not_the_same_as_one_that_goes_on():
-    found = result((1, 2, 0), (1, 2, 0, 4), "localhost:1")  # the test's own rule: 0 ends ours
-    assert found.agreement("localhost:1") == Agreement(1, 3, ())
-    longer = result((1, 2, 0), (1, 2, 0, 4, 5), "localhost:1")
-    assert longer.agreement("localhost:1") == Agreement(1, 3, (Parting(0, 1, 4),))
-    shorter = result((1, 2, 3, 4), (1, 2), "localhost:1")
-    assert shorter.agreement("localhost:1").same
-    runs = shorter.measured.runs[0, 0]
-    runs["localhost:1"] = replace(runs["localhost:1"], ended=True)
-    assert shorter.agreement("localhost:1") == Agreement(1, 2, (Parting(0, 1, 3),))
-
-
-def test_a_pair_is_reported_and_drawn_with_its_ratio(tmp_path):
-    found = result((1, 2, 3, 4), (1, 2, 9, 4))
-    lines = list(found.lines())
-    assert "moelocal beside mlx-lm 2, in turns: times as fast, with 95 % interval" in lines
-    assert "       0  2.00                                                1" in lines
-    assert "    load  3.00" in lines
-    assert "NOT the same tokens in 1 of 1 pairs:" in lines
-    assert (
-        "  context 0, round 1: they part at token 3; mlx-lm chose a row of the output that is no token"
-        in lines
-    )
-    plot(found, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
-    with pytest.raises(RequestError) as caught:
-        plot(found, tmp_path / "none" / "picture.png")
-    assert str(caught.value) == f"{tmp_path}/none/picture.png: cannot be written: No such file or directory"
-    rows = [row for row in found.rows() if row.program == "moelocal : mlx-lm 2"]
-    assert [(row.figure, row.value, row.remark) for row in rows] == [
-        ("decode ratio", 2.0, "tokens part from token 3 on")
-    ]

@@ -11,7 +11,16 @@ import pytest
 import moelocal
 from moelocal.bench import header
 from moelocal.bench.bandwidth import REPETITIONS, WARM_UP, measure
-from moelocal.bench.header import Header, Identity, command_line, commit, power_of_linux, power_of_mac, slug
+from moelocal.bench.header import (
+    Header,
+    Identity,
+    command_line,
+    commit,
+    machine_name,
+    power_of_linux,
+    power_of_mac,
+    slug,
+)
 from moelocal.hub import EMBEDDED
 
 PMSET = """System-wide power settings:
@@ -115,15 +124,33 @@ def test_a_header_says_all_that_a_figure_depends_on(monkeypatch):
     monkeypatch.setattr(header.bandwidth, "measured", lambda: 123.4e9)
     monkeypatch.setattr(header.machine, "chip", lambda: "Apple M4 Max")
     monkeypatch.setattr(header.machine, "memory", lambda: 64 << 30)
+    monkeypatch.setattr(header.os, "cpu_count", lambda: 16)
     monkeypatch.setattr(header, "power", lambda: "high power, AC Power")
     found = Header.now("moelocal bench")
-    assert (found.machine, found.bandwidth, found.command) == ("apple-m4-max", 123.4e9, "moelocal bench")
+    assert (found.bandwidth, found.command) == (123.4e9, "moelocal bench")
     lines = found.as_lines()
-    assert lines[0].startswith("machine    Apple M4 Max, ") and ", 64 GB, " in lines[0]
+    assert lines[0].startswith("machine    Apple M4 Max, 16 cores, 64 GB, ")
     assert lines[1] == "power      high power, AC Power"
     assert lines[2] == "bandwidth  123.4 GB/s copied (measured)"
     assert lines[5] == "command    moelocal bench"
     assert found.as_dict()["memory"] == 64 << 30
+
+
+def test_machines_with_the_same_chip_have_files_of_their_own(monkeypatch):
+    monkeypatch.setattr(header.bandwidth, "measured", lambda: 123.4e9)
+    monkeypatch.setattr(header.machine, "chip", lambda: "Apple M4 Max")
+    names = []
+    for cores, gigabytes in ((16, 64), (16, 128), (14, 36), (None, 0)):
+        monkeypatch.setattr(header.os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(header.machine, "memory", lambda gigabytes=gigabytes: gigabytes << 30)
+        names.append(machine_name())
+        assert Header.now("x").machine == names[-1]
+    assert names == [
+        "apple-m4-max-16-cores-64-gb",
+        "apple-m4-max-16-cores-128-gb",
+        "apple-m4-max-14-cores-36-gb",
+        "apple-m4-max-0-cores-unknown-memory",
+    ]
 
 
 def test_the_hash_changes_with_the_weights_and_not_with_the_place(tmp_path):

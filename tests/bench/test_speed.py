@@ -29,11 +29,13 @@ class Fake:
         fails: Callable[[str], None] | None = None,
     ):
         self.name, self.log, self.rates, self.fails = name, log, list(rates), fails
+        self.resident = 0
 
     def start(self) -> Loaded:
         self.log.append((self.name, "start"))
         if self.fails:
             self.fails("start")
+        self.resident = 1000
         return Loaded("1", load_seconds=2.0)
 
     def run(self, prompt: Prompt, count: int) -> Sample:
@@ -41,7 +43,8 @@ class Fake:
         if self.fails:
             self.fails(prompt.text)
         rate = self.rates.pop(0) if len(self.rates) > 1 else self.rates[0]
-        return Sample(100, tuple(range(count)), count, first_seconds=1.0, rest_seconds=(count - 1) / rate)
+        self.resident = max(self.resident, 1000 + int(prompt.text.split("/")[0]))
+        return Sample(100, tuple(range(count)), count, 1.0, (count - 1) / rate, resident_nbytes=self.resident)
 
     def stop(self) -> None:
         self.log.append((self.name, "stop"))
@@ -165,6 +168,18 @@ def test_a_side_that_fails_at_a_context_is_left_out_from_there_on():
     assert [what for name, what in log if name == "mlx-lm"] == [
         "start", "0/2", "0/0", "512/5", "stop", "start", "0/2", "0/1", "stop",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_resident_memory_is_that_of_a_process_that_has_read_no_longer_prompt(together):
+    found = run(Fake("moelocal", []), contexts=(0, 512, 1024), together=together)
+    resident = {
+        context: [sample.resident_nbytes for sample in found.samples("moelocal", context)]
+        for context in found.contexts
+    }
+    # the most since the process began: one that is alone in memory begins anew in every round
+    later = (lambda nbytes: None) if together else (lambda nbytes: nbytes)
+    assert resident == {0: [1000, later(1000)], 512: [1512, later(1512)], 1024: [2024, 2024]}
 
 
 def test_a_peer_that_cannot_be_loaded_is_noted_and_ours_cannot_be_done_without():

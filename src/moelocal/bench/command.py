@@ -12,17 +12,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-import mlx.core as mx
-
+from moelocal import flags
 from moelocal.bench import results
 from moelocal.bench.energy import Meter
 from moelocal.bench.header import Header, Identity, command_line, slug
 from moelocal.bench.peers import MLX_LM, OURS, Loaded, Process, Prompt, Served, Side, plain, require_mlx_lm
+from moelocal.bench.printed import lines
 from moelocal.bench.prompts import text_of
 from moelocal.bench.report import Result
 from moelocal.bench.server import Server
 from moelocal.bench.speed import LOADS, ROUNDS, TOKENS, Report, contexts_of, measure
 from moelocal.config import ModelConfig
+from moelocal.engine.load import DTYPES
 from moelocal.engine.plan import VARIABLE, memory_limit, plan
 from moelocal.errors import MemoryOverflow, RequestError
 from moelocal.ops.op import on_cpu
@@ -38,35 +39,17 @@ from moelocal.units import GIB, size
 _MACS: Final = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
 """Gigabytes of memory that Macs are sold with."""
 
-_DTYPES: Final = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `bench`."""
-    parser.add_argument(
-        "--model", metavar="NAME", help="a folder or a Hugging Face name; else the embedded one"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face repository")
-    parser.add_argument(
-        "--offline", action="store_true", help="use what is on this machine; download nothing"
-    )
-    parser.add_argument(
-        "--quantization",
-        default="auto",
-        metavar="RECIPE",
-        help="quantize original weights once, as `moelocal chat` does; none: run them as they are",
-    )
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), help="of the computation")
+    flags.add(parser, "--model", "--revision", "--offline", "--quantization", "--dtype")
     parser.add_argument(
         "--against",
         action="append",
         default=[],
         metavar="PEER",
-        help="measure in turns with mlx-lm (same checkpoint), or with a server on this machine, like "
-        "localhost:1234 (LM Studio, Ollama, llama.cpp); may be repeated",
-    )
-    parser.add_argument(
-        "--server-model", metavar="NAME", help="which model of the server; needed if it has several"
+        help="measure in turns with mlx-lm (same checkpoint), or with a server on this machine by its "
+        "ADDRESS[=MODEL], as localhost:1234 (LM Studio; Ollama has 11434, llama.cpp 8080); may be repeated",
     )
     parser.add_argument(
         "--contexts",
@@ -117,13 +100,18 @@ def run(parsed: argparse.Namespace) -> None:
     name = "embedded" if parsed.model is None else str(parsed.model)
     require_fits(folder, name, parsed.dtype)
     result = _measured(parsed, folder, name, servers)
-    print("\n".join(result.lines()))
-    if noted is not None:
-        file = results.append(noted, result.rows())
-        print(f"\nresults    {file}")
-    _draw(parsed, result)
-    if parsed.json:
-        print(json.dumps(result.as_dict()))
+    # what was measured is noted first and printed whatever fails behind it
+    try:
+        try:
+            file = None if noted is None else results.append(noted, result.rows())
+        finally:
+            print("\n".join(lines(result)))
+        if file is not None:
+            print(f"\nresults    {file}")
+        _draw(parsed, result)
+    finally:
+        if parsed.json:
+            print(json.dumps(result.as_dict()))
     if result.measured.interrupted:
         raise KeyboardInterrupt
 
@@ -179,14 +167,14 @@ def _measured(
 
 
 def _contexts_that_fit(parsed: argparse.Namespace, config: ModelConfig, loaded: Loaded) -> tuple[int, ...]:
-    dtype = _DTYPES[loaded.dtype]
+    dtype = DTYPES[loaded.dtype]
     made = plan(config, loaded.weights_nbytes, dtype, 1, parsed.tokens).check()
     return contexts_of(parsed.contexts, parsed.tokens, config.context, made.largest_context)
 
 
 def _both_fit(parsed: argparse.Namespace, config: ModelConfig, loaded: Loaded, context: int) -> bool:
     """Whether two programs with this model fit into memory, the other with as much as ours."""
-    made = plan(config, loaded.weights_nbytes, _DTYPES[loaded.dtype], max(context, 1), parsed.tokens)
+    made = plan(config, loaded.weights_nbytes, DTYPES[loaded.dtype], max(context, 1), parsed.tokens)
     return made.limit is None or 2 * made.nbytes <= made.limit
 
 
@@ -196,7 +184,7 @@ def require_fits(folder: Path, name: str, dtype: str | None) -> None:
     found, limit = survey(folder), memory_limit()
     if limit is None:
         return
-    width = _DTYPES[dtype].size if dtype else 4 if on_cpu() else found.dtype.size
+    width = DTYPES[dtype].size if dtype else 4 if on_cpu() else found.dtype.size
     shapes = shapes_of(found.config)
 
     def nbytes(recipe: str | None = None) -> int:
@@ -225,26 +213,20 @@ def require_fits(folder: Path, name: str, dtype: str | None) -> None:
 
 def _servers(parsed: argparse.Namespace) -> list[tuple[Server, str]]:
     """The servers named by --against that answer, each with its model. Raises `RequestError`."""
-    twice = {peer for peer in parsed.against if parsed.against.count(peer) > 1}
-    if twice:
-        raise RequestError(f"--against {twice.pop()}: named twice")
     if MLX_LM in parsed.against:
         require_mlx_lm()
-    found = []
+    found: list[tuple[Server, str]] = []
     for peer in parsed.against:
         if peer == MLX_LM:
             continue
-        server, name = Server.at(peer), parsed.server_model
-        if name is None:
-            try:
-                name = server.only_model()
-            except RequestError as error:
-                raise RequestError(f"{error} (--server-model)") from None
+        if ":" not in peer.partition("=")[0]:
+            raise RequestError(f"--against {peer}: expected {MLX_LM}, or an address like localhost:1234")
+        server, name = Server.named(peer)
+        if (server, name) in found:
+            raise RequestError(f"--against {peer}: named twice")
         # not every server lists what it can serve, and some load a model when it is first asked
         server.chat([{"role": "user", "content": "Hi"}], model=name, max_tokens=1)
         found.append((server, name))
-    if parsed.server_model is not None and not found:
-        raise RequestError("--server-model names a model of a server, and no server is named by --against")
     return found
 
 
@@ -305,7 +287,13 @@ def _bar(wanted: bool) -> Iterator[Report]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    # a [ in the name of a model is no style
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring")
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)

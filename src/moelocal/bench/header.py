@@ -24,6 +24,7 @@ from moelocal.bench import bandwidth
 from moelocal.checkpoint.files import weight_files
 from moelocal.quantize.sizes import stored_sizes
 from moelocal.survey import survey
+from moelocal.units import memory_size
 
 _POWER_MODES: Final = {"0": "automatic", "1": "low power", "2": "high power"}
 _SAMPLES: Final = 64
@@ -34,9 +35,9 @@ _PIECE: Final = 1 << 16
 class Header:
     """A machine and the programs on it, at one moment.
 
-    `machine`: the chip as a name for files; `memory` in bytes; `bandwidth`: bytes per second that MLX copies, measured;
-    `power`: mode and source, as far as the system tells; `device`: where MLX computes; `moelocal`: the commit, or the
-    version where the package is not in its repository; `date`: UTC, ISO 8601.
+    `machine`: chip, cores and memory as a name for files; `memory` in bytes; `bandwidth`: bytes per second that MLX
+    copies, measured; `power`: mode and source, as far as the system tells; `device`: where MLX computes; `moelocal`:
+    the commit, or the version where the package is not in its repository; `date`: UTC, ISO 8601.
     """
 
     machine: str
@@ -56,12 +57,12 @@ class Header:
     @classmethod
     def now(cls, command: str) -> Header:
         """This machine, now. Measures the bandwidth when it is first called: about a second."""
-        chip = machine.chip() or "unknown chip"
+        chip, cores, memory = _machine()
         return cls(
-            machine=slug(chip),
+            machine=machine_name(),
             chip=chip,
-            cores=os.cpu_count() or 0,
-            memory=machine.memory(),
+            cores=cores,
+            memory=memory,
             bandwidth=round(bandwidth.measured()),
             power=power(),
             system=_system(),
@@ -77,11 +78,15 @@ class Header:
         """Its fields, for JSON."""
         return asdict(self)
 
+    @property
+    def words(self) -> str:
+        """The machine: "Apple M4 Max, 16 cores, 64 GB"."""
+        return _words(self.chip, self.cores, self.memory)
+
     def as_lines(self) -> list[str]:
         """It, for people."""
-        memory = f"{self.memory / 2**30:.0f} GB" if self.memory else "unknown memory"
         return [
-            f"machine    {self.chip}, {self.cores} cores, {memory}, {self.system}",
+            f"machine    {self.words}, {self.system}",
             f"power      {self.power}",
             f"bandwidth  {self.bandwidth / 1e9:.1f} GB/s copied (measured)",
             f"programs   moelocal {self.moelocal}, MLX {self.mlx} on {self.device}, Python {self.python}",
@@ -143,9 +148,22 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
     return " ".join((name, *quoted))
 
 
-def slug(chip: str) -> str:
-    """A chip as the name of a file: "Apple M4 Max" is apple-m4-max."""
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", chip.lower())).strip("-") or "unknown"
+def machine_name() -> str:
+    """This machine as a name for files, by what its buyer chose: apple-m4-max-16-cores-64-gb."""
+    return slug(_words(*_machine()))
+
+
+def slug(words: str) -> str:
+    """Words as the name of a file: "Apple M4 Max" is apple-m4-max."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", words.lower())).strip("-") or "unknown"
+
+
+def _machine() -> tuple[str, int, int]:
+    return machine.chip() or "unknown chip", os.cpu_count() or 0, machine.memory()
+
+
+def _words(chip: str, cores: int, memory: int) -> str:
+    return f"{chip}, {cores} cores, " + (memory_size(memory) if memory else "unknown memory")
 
 
 def commit(package: Path) -> str:

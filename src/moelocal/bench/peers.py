@@ -19,7 +19,7 @@ from typing import IO, Any, Final, Protocol
 import moelocal
 from moelocal import machine
 from moelocal.bench.energy import Meter
-from moelocal.bench.server import Server
+from moelocal.bench.server import Server, printable
 from moelocal.errors import RequestError
 
 OURS: Final = "moelocal"
@@ -63,8 +63,9 @@ class Sample:
 
     `tokens`: their ids; of a server those that our tokenizer cuts its text into. `decoded`: how many there were, and
     `counted` whether that (and `prompt_tokens`) was counted or estimated with our tokenizer. `first_seconds`: from the
-    text to the first token; `rest_seconds`: from there to the last. `peak_nbytes` of MLX, `resident_nbytes` of the
-    process, joules of the machine: None where nobody tells.
+    text to the first token; `rest_seconds`: from there to the last. `peak_nbytes`: of MLX in this run;
+    `resident_nbytes`: the most that the process had since it began, while it has read no longer prompt; joules of the
+    machine: None where nobody tells.
     `cached`: tokens of the prompt that were not read again. `ended`: a server ended the answer by itself.
     """
 
@@ -225,7 +226,7 @@ class Served:
         encode: Callable[[str], Sequence[int]],
         meter: Meter,
     ) -> None:
-        self.name = server.address
+        self.name = printable(f"{model} at {server.address}")
         self._server, self._model, self._encode, self._meter = server, model, encode, meter
 
     def start(self) -> Loaded:

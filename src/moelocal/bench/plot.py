@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter
 
 from moelocal.bench.peers import OURS
 from moelocal.bench.report import FIGURES, RATIOS, Result
+from moelocal.bench.results import STOPPED
 from moelocal.evaluate.picture import plain, save
 
 _PANELS = {
@@ -25,9 +26,10 @@ def plot(result: Result, file: Path) -> None:
     picture = Picture(figsize=(13, 4 * rows + 0.5), layout="constrained")
     header = result.header
     picture.suptitle(
-        f"{plain(Path(result.model.name).name)}, {result.model.quantization}, in {result.dtype}\n{header.chip}, "
+        f"{plain(Path(result.model.name).name)}, {result.model.quantization}, in {result.dtype}\n{header.words}, "
         f"{header.system}, MLX {header.mlx} on {header.device}, power {header.power}, {header.date[:10]}; "
-        f"{result.measured.tokens} tokens, median and spread",
+        f"{result.measured.tokens} tokens, median and spread"
+        + (f"; {STOPPED}" if result.measured.interrupted else ""),
         fontsize=9,
     )
     panels = picture.subplots(rows, 3, squeeze=False)

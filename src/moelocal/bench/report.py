@@ -1,20 +1,18 @@
-"""What was measured, for people, for programs, for the file of results."""
+"""What was measured, for programs and for the file of results; `printed.py` has it for people."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from moelocal.bench.bytes import moved_per_token
 from moelocal.bench.header import Header, Identity
 from moelocal.bench.peers import MLX_LM, OURS, Loaded, Sample
-from moelocal.bench.results import Row
+from moelocal.bench.results import STOPPED, Row
 from moelocal.bench.speed import Figure, Measured, paired
 from moelocal.config import ModelConfig
 from moelocal.evaluate.statistics import Estimate
-from moelocal.units import size
 
 _LEAST_PROMPT: Final = 64
 """Tokens of a prompt from which the speed of reading it says something."""
@@ -52,7 +50,9 @@ FIGURES: Final[dict[str, tuple[str, Callable[[Sample], float | None]]]] = {
     "prefill energy": ("J/token", _prefill_energy),
     "decode energy": ("J/token", _decode_energy),
 }
-"""Of a run: name, unit, value. Energy is that of the whole machine, whatever else runs on it."""
+"""Of a run: name, unit, value. MLX memory is the most that MLX held in the run; resident memory the most that the
+process held since it began, until it has read a longer prompt: loading and all contexts up to this one. Energy is that
+of the whole machine, whatever else runs on it."""
 
 LOADING: Final[dict[str, tuple[str, Callable[[Loaded], float | None]]]] = {
     "load": ("s", lambda start: start.load_seconds),
@@ -116,12 +116,12 @@ class Result:
         return self.measured.starts[OURS][0].dtype
 
     def title(self, side: str) -> str:
-        """A side with its version, or what a server runs."""
+        """A side with its version; of a server that is not known."""
         starts = self.measured.starts[side]
         version = starts[0].version if starts else ""
         if side == OURS:
             return f"{OURS} {self.header.moelocal}"
-        return f"{side} {version}" if side == MLX_LM else f"{version} at {side}"
+        return f"{side} {version}" if side == MLX_LM else side
 
     def moved(self, context: int) -> int:
         """Bytes that a token moves at least, in the middle of an answer behind `context` tokens."""
@@ -172,85 +172,6 @@ class Result:
         ours, theirs = ([start.load_seconds for start in self.measured.starts[s]] for s in (OURS, side))
         ratios = [b / a for a, b in zip(ours, theirs, strict=False) if a and b]
         return paired(ratios) if ratios else None
-
-    # for people
-
-    def lines(self) -> Iterator[str]:
-        """Everything, as text."""
-        found = self.measured
-        yield from self.header.as_lines()
-        yield f"model      {self.model.name}: {size(self.model.nbytes)}, {self.model.quantization}"
-        yield f"           weights {self.model.hash}; computed in {self.dtype}"
-        yield (
-            f"           {size(self.moved(0))} moved per token at least, so at most "
-            f"{self.header.bandwidth / self.moved(0):,.0f} tokens/s at no context"
-        )
-        missing = f"; {sys.executable} -m pip install zeus-apple-silicon" if sys.platform == "darwin" else ""
-        told = f"of the whole machine, from {self.energy}" if self.energy else f"not told here{missing}"
-        yield f"energy     {told}"
-        yield ""
-        rounds = 1 + max(number for _, number in found.runs)
-        yield f"{found.tokens} tokens decoded greedily; {rounds} rounds after a warm-up: median (least to largest)"
-        for side in (OURS, *self.peers):
-            yield ""
-            yield from self._table(side)
-        for side in self.peers:
-            yield ""
-            yield from self._beside(side)
-        yield from (f"note: {note}" for note in found.notes)
-        if found.interrupted:
-            yield "note: stopped before its end; the figures are of what was measured until then"
-
-    def _table(self, side: str) -> Iterator[str]:
-        found = self.measured
-        load, most = (self.loading(side, name) for name in LOADING)
-        words = f"; loads in {_spread(load, '{:.2f}')} s" if load else ""
-        yield self.title(side) + words + (f", with {size(round(most.value))} of MLX at most" if most else "")
-        yield (
-            f"{'context':>8}  {'decode, tokens/s':<24}{'of limit':>9}  {'prefill, tokens/s':<24}"
-            f"{'first token, s':>15}{'MLX peak':>12}{'J/token':>9}"
-        )
-        for context in found.contexts:
-            figures = {name: found.figure(side, context, value) for name, (_, value) in FIGURES.items()}
-            if figures["first token"] is None:
-                continue
-            share, memory = self.share(side, context), figures["MLX memory"]
-            yield (
-                f"{context:>8,}  {_spread(figures['decode']):<24}"
-                f"{f'{share.value:.0%}' if share else '':>9}  {_spread(figures['prefill']):<24}"
-                f"{figures['first token'].value:>15.3f}{size(round(memory.value)) if memory else '':>12}"
-                f"{_spread(figures['decode energy'], '{:.3g}').split(' ')[0]:>9}"
-            ).rstrip()
-        samples = [sample for context in found.contexts for sample in found.samples(side, context)]
-        if not all(sample.counted for sample in samples):
-            yield "  the server does not count its tokens: estimated by cutting its text with our tokenizer"
-        if any(sample.cached for sample in samples):
-            yield "  the server had parts of prompts from before; prefill counts only what it read"
-        short = [sample.decoded for sample in samples if sample.decoded < found.tokens]
-        if short:
-            yield f"  {len(short)} of {len(samples)} answers ended by themselves, the shortest at {min(short)} tokens"
-
-    def _beside(self, side: str) -> Iterator[str]:
-        found = self.measured
-        how = "in turns" if found.together else "each alone in memory, in turns by round"
-        yield f"moelocal beside {self.title(side)}, {how}: times as fast, with 95 % interval"
-        yield f"{'context':>8}  {'decode':<24}{'prefill':<24}{'pairs':>5}"
-        for context in found.contexts:
-            ratios = {name: found.ratio(side, context, FIGURES[name][1]) for name in RATIOS}
-            if decode := ratios["decode"]:
-                cells = "".join(f"{_interval(each[0] if each else None):<24}" for each in ratios.values())
-                yield f"{context:>8,}  {cells}{decode[1]:>5}"
-        if load := self.load_ratio(side):
-            yield f"{'load':>8}  {_interval(load)}"
-        said = self.agreement(side)
-        exact = "" if side == MLX_LM else " (its text, cut by our tokenizer)"
-        if said.same:
-            yield f"same tokens in all {said.pairs} pairs, {said.tokens:,} compared{exact}"
-        else:
-            yield f"NOT the same tokens in {len(said.parted)} of {said.pairs} pairs{exact}:"
-            for each in said.parted:
-                why = f"; {side} chose a row of the output that is no token" if each.padding else ""
-                yield f"  context {each.context:,}, round {each.round}: they part at token {each.token}{why}"
 
     # for programs
 
@@ -308,10 +229,11 @@ class Result:
 
     def rows(self) -> Iterator[Row]:
         """Every figure."""
-        for side in (OURS, *self.peers):
-            yield from self._rows_of(side)
-        for side in self.peers:
-            yield from self._rows_beside(side)
+        found = [row for side in (OURS, *self.peers) for row in self._rows_of(side)]
+        found += [row for side in self.peers for row in self._rows_beside(side)]
+        for row in found:
+            words = (row.remark, STOPPED) if self.measured.interrupted else (row.remark,)
+            yield replace(row, remark="; ".join(filter(None, words)))
 
     def _setting(self, context: int) -> str:
         return f"context={context} tokens={self.measured.tokens} dtype={self.dtype}"
@@ -364,25 +286,3 @@ def _row(
 
 def _key(name: str) -> str:
     return name.replace(" ", "_")
-
-
-def _spread(figure: Figure | None, form: str = "") -> str:
-    """A median and its spread: "104.9 (95.6 to 116)"."""
-    if figure is None:
-        return ""
-    value, low, high = (
-        form.format(v) if form else _number(v) for v in (figure.value, figure.low, figure.high)
-    )
-    return f"{value} ({low} to {high})" if figure.count > 1 else value
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
-
-
-def _interval(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return ""
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.2f}"
-    return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"

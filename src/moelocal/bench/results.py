@@ -14,6 +14,9 @@ import moelocal
 from moelocal.bench.header import Header, Identity
 from moelocal.errors import ConfigError, RequestError
 
+STOPPED: Final = "stopped early"
+"""The remark of a figure that is of fewer runs than were asked for. Such a run is on no page."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -22,7 +25,8 @@ class Row:
     `model`: None for a figure of no model. `benchmark`: what measured it ("speed"); `program`: what was measured
     ("moelocal", "mlx-lm 0.32.2"); `setting`: on what, as words ("context=1024"); `figure`: of what ("decode"); `unit`;
     `value`: the median, or for a ratio the estimate; `low` and `high`: the least and the largest, for a ratio the ends
-    of its 95 % interval, None for a single figure; `count`: of measurements.
+    of its 95 % interval, None for a single figure; `count`: of measurements; `remark`: words, `STOPPED` among them if
+    somebody ended the run before its end.
     """
 
     header: Header

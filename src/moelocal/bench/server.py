@@ -76,6 +76,14 @@ class Server:
         server.models()
         return server
 
+    @classmethod
+    def named(cls, words: str) -> tuple[Server, str]:
+        """The server of "ADDRESS=MODEL" and that model, of "ADDRESS" the only one there. Raises `RequestError` as `at`
+        and `only_model`; whether a named model is there, only an answer tells: not every server lists all it has."""
+        address, _, model = words.partition("=")
+        server = cls.at(address)
+        return server, model or server.only_model()
+
     def models(self) -> list[str]:
         """The names of the models that it serves, in its order. Raises `RequestError`."""
         with self._answer("GET", "/models") as response:
@@ -93,7 +101,7 @@ class Server:
         if not names:
             raise self._error("it serves no model; load one there")
         shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-        raise self._error(f"it serves {len(names)} models; name one: {shown}")
+        raise self._error(f"it serves {len(names)} models; name one, as {self.address}={names[0]}: {shown}")
 
     def chat(
         self,
@@ -254,8 +262,7 @@ class Server:
             ) from None
 
     def _error(self, what: str) -> RequestError:
-        shown = "".join(c if c.isprintable() else "?" for c in what)  # it may come from the server
-        return RequestError(f"server {self.address}: {shown}")
+        return RequestError(f"server {self.address}: {printable(what)}")
 
 
 def _parsed(address: str) -> tuple[tuple[str, ...], int, str]:
@@ -313,6 +320,11 @@ def _message(told: Any) -> str:
             if told.get(key):
                 return _message(told[key])
     return _short(told)
+
+
+def printable(text: str) -> str:
+    """What a server says, without what would steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _short(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -24,4 +25,5 @@ def save(figure: Figure, file: Path, dpi: int = 150) -> None:
     except OSError as error:
         raise RequestError(f"{file}: cannot be written: {error.strerror}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where there is no folder any more
+            part.unlink(missing_ok=True)
