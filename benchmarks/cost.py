@@ -1,6 +1,6 @@
 """`moelocal cost` on a generated log: 10,000 mixed lines of every form that it reads, and damaged ones. The same seed
-writes the same log. Prints the seconds that reading, counting and pricing took, adds them to the results, and prints
-the report; the other flags are those of `moelocal cost`."""
+writes the same log. Prints the seconds that reading, counting and pricing took, adds them and the sums to the results,
+and prints the report; the other flags are those of `moelocal cost`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from moelocal.bench.header import Header, command_line
 from moelocal.bench.results import Row
 from moelocal.chat.command import exit_code
 from moelocal.cost import command
+from moelocal.cost.report import Report
 from moelocal.errors import RequestError
 
 MODELS = ("gpt-4o-mini-2024-07-18", "gpt-4.1", "gpt-5-mini", "gpt-5.6-luna", "some-new-model")
@@ -205,7 +206,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 def measure(parsed: argparse.Namespace) -> None:
     """The log is read and priced several times; the report is that of one more."""
-    command.survey(parsed)  # what is imported and read once is not meant
+    report, _ = command.survey(parsed)  # what is imported and read once is not meant
     seconds = [command.survey(parsed)[0].seconds for _ in range(parsed.rounds)]
     middle = statistics.median(seconds)
     print(
@@ -215,10 +216,36 @@ def measure(parsed: argparse.Namespace) -> None:
     if not parsed.no_results:
         header = Header.now(command_line())
         setting = f"lines={parsed.lines} seed={parsed.log_seed}"
-        spread = (min(seconds), max(seconds), parsed.rounds)
-        row = Row(header, None, "cost", "moelocal", setting, "report", "s", middle, *spread)
-        results.append(parsed.results or results.default_folder(), [row])
+        facts = (header, None, "cost", "moelocal", setting)
+        rows = [Row(*facts, "report", "s", middle, min(seconds), max(seconds), parsed.rounds)]
+        rows += [
+            Row(*facts, figure, unit, value, remark=remark) for figure, unit, value, remark in figures(report)
+        ]
+        results.append(parsed.results or results.default_folder(), rows)
     command.run(parsed)
+
+
+def figures(report: Report) -> Iterator[tuple[str, str, float, str]]:
+    """What the report counts and sums: figure, unit, value, remark."""
+    for fate, count in report.lines.counts.items():
+        yield ("of unknown shape" if fate == "unknown" else fate), "lines", count, ""
+    total, here, local = report.tally.total, report.machine, report.local
+    yield "billed", "calls", total.calls, ""
+    yield "billed and priced", "calls", total.priced, ""
+    yield "input of the priced calls", "tokens", total.priced_prompt, ""
+    yield "output of the priced calls", "tokens", total.priced_output, ""
+    yield "price of the priced calls", "dollars", total.dollars, ""
+    speeds = (("prefill", here.prefill, "tokens/s"), ("decode", here.decode, "tokens/s"),
+              ("power", here.decode_watts, "W"), ("energy", here.price, "dollars/kWh"))  # fmt: skip
+    where = "; ".join(
+        f"{name} {each.value:,.4g} {unit} ({each.origin.split(',')[0]})" for name, each, unit in speeds
+    )
+    remark = f"Here, on this machine: {where}"
+    yield "time of the priced calls here", "hours", local.seconds / 3600, remark
+    yield "energy of the priced calls here", "kWh", local.kwh, remark
+    if report.even is not None and report.even.calls is not None:
+        price = f"A machine of {report.even.machine_price:,.0f} dollars over {report.even.years:g} years"
+        yield "break-even", "calls/month", report.even.calls, price
 
 
 if __name__ == "__main__":

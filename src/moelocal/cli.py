@@ -17,6 +17,7 @@ from moelocal.cost import command as cost
 from moelocal.cost import record
 from moelocal.doctor.command import add_flags, doctor
 from moelocal.engine.completion import Completion
+from moelocal.errors import RequestError
 from moelocal.evaluate import command as evaluation
 from moelocal.evaluate import verify_command
 from moelocal.pelican import command as pelican
@@ -81,7 +82,10 @@ def _generate(parsed: argparse.Namespace) -> None:
             done = event.completion or done
         print()
     if parsed.log is not None and done is not None:
-        record.append(parsed.log, model.name, prompt, done)
+        try:
+            record.append(parsed.log, model.name, prompt, done)
+        except RequestError as error:  # the answer is there
+            print(f"moelocal: warning: {error}; this answer is not in it", file=sys.stderr)
 
 
 def _version(parsed: argparse.Namespace) -> None:

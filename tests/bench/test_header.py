@@ -166,6 +166,10 @@ def test_the_hash_changes_with_the_weights_and_not_with_the_place(tmp_path):
     third = Identity.of(tmp_path / "copy", "m")
     assert third.hash != first.hash
     assert third.nbytes == first.nbytes
+    assert third.quantization == first.quantization
+    (tmp_path / "copy" / "synthetic.json").write_text("{}")
+    random = Identity.of(tmp_path / "copy", "m").quantization
+    assert random == f"{first.quantization}, random weights"
 
 
 def test_the_bandwidth_is_of_the_median_copy_behind_a_warm_up():

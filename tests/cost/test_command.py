@@ -1,82 +1,25 @@
-"""`moelocal cost` from its flags to its last line; and the script that generates a log."""
+"""`moelocal cost` from its flags to its last line."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import socket
 import sys
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from moelocal import machine
-from moelocal.bench import bandwidth
-from moelocal.bench.header import Header, Identity, slug
-from moelocal.bench.results import Row, append, read
-from moelocal.chat.command import exit_code
-from moelocal.cost import command, prices
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import cost as script  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def nothing_of_this_machine(tmp_path, monkeypatch):
-    """No price table of the user's, no results, and no connection."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setattr(command.results, "default_folder", lambda: tmp_path / "results")
-
-    def refuse(*arguments: object, **more: object) -> None:
-        raise AssertionError("a socket was opened")
-
-    monkeypatch.setattr(socket, "socket", refuse)
-
-
-@pytest.fixture(scope="module")
-def log(tmp_path_factory) -> Path:
-    """The generated log, shorter."""
-    file = tmp_path_factory.mktemp("log") / "log.jsonl"
-    file.write_bytes(b"".join(script.lines(600, 1)))
-    return file
-
-
-def cost(*arguments: object) -> int:
-    """The exit code of `moelocal cost`."""
-    parser = argparse.ArgumentParser(prog="moelocal cost")
-    command.add_flags(parser)
-    return exit_code(command.run, parser.parse_args([str(each) for each in arguments]))
+from moelocal.bench.header import Header, Identity, machine_name
+from moelocal.bench.results import Row, append
+from moelocal.cost import prices
 
 
 def last(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_the_generated_log_is_the_same_for_a_seed():
-    assert list(script.lines(50, 1)) == list(script.lines(50, 1)) != list(script.lines(50, 2))
-    assert len(list(script.lines(50, 1))) == 50
-
-
-def test_every_line_of_a_mixed_log_is_accounted_for(log, capsys):
-    assert cost(log, "--json") == 0
-    found = last(capsys)
-    lines = found["lines"]
-    assert lines["total"] == 600 == sum(lines[fate] for fate in ("read", "empty", "malformed", "unknown"))
-    assert min(lines[fate] for fate in ("read", "empty", "malformed", "unknown")) > 0
-    parts = (found["total"]["calls"], found["local_calls"], found["repeated"], *found["requests"].values())
-    assert found["entries"] == sum(parts) + sum(found["failed"].values())
-    assert set(found["shapes"]) == {
-        "OpenAI chat completion", "OpenAI response", "Anthropic message", "request", "moelocal log",
-        "Anthropic batch result",
-    }  # fmt: skip
-    assert found["unpriced"] == {"some-new-model": found["models"]["some-new-model"]["calls"]}
-
-
-def test_the_sum_is_that_of_the_lines_priced_by_hand(tmp_path, capsys):
+def test_the_sum_is_that_of_the_lines_priced_by_hand(cost, tmp_path, capsys):
     file, table = tmp_path / "log.jsonl", tmp_path / "prices.toml"
     table.write_text(
         '[[price]]\nprovider = "P"\nmodels = ["m"]\ninput = 2\ncached = 1\noutput = 10\n'
@@ -109,9 +52,12 @@ def test_the_sum_is_that_of_the_lines_priced_by_hand(tmp_path, capsys):
     assert found["break_even"]["calls_per_month"] == pytest.approx(2 / 10 * 365.25 / 12)
     assert "given by --watts" in output and "assumed, not" not in output
     assert f"  360 / (12 x 1) / (0.006600 - 0.000100) = {30 / saving:,.0f} calls/month" in output
+    volume = 2 / 10 * 365.25 / 12
+    months = f"{360 / saving / volume:,.1f} months, longer than it serves"
+    assert f"  This log: {volume:,.2f} calls/month; they pay for the machine in {months}.\n" in output
 
 
-def test_what_is_assumed_is_never_called_measured(log, capsys):
+def test_what_is_assumed_is_never_called_measured(cost, log, capsys):
     assert cost(log) == 0
     output = capsys.readouterr().out
     assert output.count("assumed, not measured;") == 5
@@ -119,11 +65,11 @@ def test_what_is_assumed_is_never_called_measured(log, capsys):
     assert "break-even: needs priced calls and a price of the machine, --machine-price DOLLARS" in output
 
 
-def test_the_speed_of_this_machine_is_taken_where_it_was_measured(log, tmp_path, capsys):
+def test_the_speed_of_this_machine_is_taken_where_it_was_measured(cost, log, tmp_path, capsys):
     facts = dict.fromkeys(("chip", "power", "system", "python", "mlx", "device", "moelocal", "command"), "x")
     header = Header(
         **facts,
-        machine=slug(machine.chip() or "unknown chip"),
+        machine=machine_name(),
         cores=1,
         memory=1,
         bandwidth=1.0,
@@ -151,18 +97,7 @@ def test_the_speed_of_this_machine_is_taken_where_it_was_measured(log, tmp_path,
     )  # power of prefill, price of energy; as text and in JSON
 
 
-def test_a_log_without_a_call_is_reported_and_no_error(tmp_path, capsys):
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "other.jsonl").write_text('{"level": "info"}\n\n')
-    assert cost(tmp_path, "--machine-price", 10, "--json") == 0
-    output = capsys.readouterr().out
-    assert "lines      0 read, 1 empty, 0 malformed, 1 of unknown shape" in output
-    assert f"unknown: {tmp_path}/other.jsonl: line 1: an object with level" in output
-    assert "No call that somebody billed." in output
-    assert json.loads(output.splitlines()[-1])["total"]["calls"] == 0
-
-
-def test_memory_does_not_grow_with_the_size_of_a_log(tmp_path, capsys):
+def test_memory_does_not_grow_with_the_size_of_a_log(cost, tmp_path, capsys):
     request = {"messages": [{"role": "user", "content": "word " * 20_000}]}
     response = {"object": "chat.completion", "model": "gpt-4.1", "choices": [], "usage": {"prompt_tokens": 9}}
     line = json.dumps({"request": request, "response": response}) + "\n"
@@ -177,7 +112,7 @@ def test_memory_does_not_grow_with_the_size_of_a_log(tmp_path, capsys):
     assert peak < 20 * len(line)  # a few copies of one line of 100 kB, not 200 of them
 
 
-def test_prompts_are_asked_again_on_one_page(log, tmp_path, capsys):
+def test_prompts_are_asked_again_on_one_page(cost, log, tmp_path, capsys):
     file = tmp_path / "cost.html"
     assert cost(log, "--sample", 3, "--seed", 5, "--max-tokens", 4, "--page", file, "--json") == 0
     found = last(capsys)["sample"]
@@ -188,44 +123,7 @@ def test_prompts_are_asked_again_on_one_page(log, tmp_path, capsys):
     assert f"3 of {found['offered']} calls" in text and "seed 5" in text
 
 
-def test_a_log_of_local_calls_alone_says_their_tokens_and_time(tmp_path, capsys):
-    usage = {"prompt": 1000, "completion": 50, "cached": 0}
-    line = {"log": "moelocal", "model": "embedded", "messages": []}
-    lines = [line | {"completion": {"text": "", "usage": usage, "timing": timing}}
-             for timing in ({"total_seconds": 1.5}, {"total_seconds": 2.25}, {})]  # fmt: skip
-    file = tmp_path / "log.jsonl"
-    for count, said in (
-        (3, "3.8 s of answering, as the log says, of 2 of them; the others have no time"),
-        (2, "3.8 s of answering, as the log says"),
-    ):
-        file.write_text("\n".join(map(json.dumps, lines[:count])))
-        assert cost(file, "--json") == 0
-        output = capsys.readouterr().out
-        text = f"local      {count} calls, {1000 * count:,} tokens in, {50 * count} out"
-        assert f"{text}; --local-as MODEL says what they would have cost\n           {said}\n" in output
-        assert "No call that somebody billed." in output
-        assert json.loads(output.splitlines()[-1])["local_time"] == {"calls": 2, "seconds": 3.75}
-    file.write_text(json.dumps(lines[2]))
-    assert cost(file) == 0
-    assert "           how long they took, the log does not say\n" in capsys.readouterr().out
-
-
-def test_a_bad_item_of_a_page_is_named_and_the_others_are_counted(tmp_path, capsys):
-    call = {"object": "chat.completion", "model": "gpt-4.1", "choices": [], "usage": {"prompt_tokens": 5}}
-    bad = call | {"usage": {"prompt_tokens": -1}}
-    file = tmp_path / "page.jsonl"
-    file.write_text(json.dumps({"object": "list", "data": [call, bad, call]}))
-    assert cost(file, "--json") == 0
-    output = capsys.readouterr().out
-    assert (
-        "           of the pages 1 items malformed, 0 of unknown shape\n"
-        f"           malformed: {file}: line 1, item 2: usage.prompt_tokens: expected a number of tokens, got -1\n"
-    ) in output
-    found = json.loads(output.splitlines()[-1])
-    assert (found["total"]["calls"], found["items"]) == (2, {"malformed": 1, "unknown": 0})
-
-
-def test_more_calls_than_the_machine_answers_are_said(tmp_path, capsys):
+def test_more_calls_than_the_machine_answers_are_said(cost, tmp_path, capsys):
     usage = {"prompt_tokens": 1000, "completion_tokens": 500}
     file = tmp_path / "log.jsonl"
     call = {"object": "chat.completion", "model": "gpt-4", "choices": [], "usage": usage}
@@ -249,7 +147,7 @@ def test_more_calls_than_the_machine_answers_are_said(tmp_path, capsys):
     ) in output
 
 
-def test_a_page_of_somebody_else_is_refused_before_anything_is_asked(log, tmp_path, capsys):
+def test_a_page_of_somebody_else_is_refused_before_anything_is_asked(cost, log, tmp_path, capsys):
     file = tmp_path / "cost.html"
     file.write_text("my own")
     assert cost(log, "--sample", 1, "--page", file) == 1
@@ -262,38 +160,15 @@ def test_a_page_of_somebody_else_is_refused_before_anything_is_asked(log, tmp_pa
     assert file.read_text() == "my own"
 
 
-def test_local_calls_can_be_priced_as_those_of_another_model(tmp_path, capsys):
-    line = {"log": "moelocal", "time": "2026-11-01", "model": "embedded", "messages": []}
-    line["completion"] = {
-        "text": "",
-        "usage": {"prompt": 1_000_000, "completion": 500_000, "cached": 600_000},
-    }
-    (tmp_path / "log.jsonl").write_text(json.dumps(line))
-    assert cost(tmp_path) == 0
-    text = "local      1 calls, 1,000,000 tokens in, 500,000 out"
-    assert f"{text}; --local-as MODEL says what they would have cost\n" in capsys.readouterr().out
-    assert cost(tmp_path, "--local-as", "gpt-4.1") == 0
-    # dollars per million: 2 fresh, 0.5 cached, 8 out
-    assert (
-        f"{text}; 1 of them priced as gpt-4.1: ${0.4 * 2 + 0.6 * 0.5 + 0.5 * 8:.2f}\n"
-        in capsys.readouterr().out
-    )
-    assert cost(tmp_path, "--local-as", "no-model") == 1
-    assert (
-        capsys.readouterr().err
-        == f"moelocal: error: --local-as no-model: no such model in {prices.BUILT_IN}\n"
-    )
-
-
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
-def test_a_file_whose_name_is_no_text_is_read(tmp_path, capsys):
+def test_a_file_whose_name_is_no_text_is_read(cost, tmp_path, capsys):
     file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl"))
     file.write_text("{}")
     assert cost(file, "--json") == 0
     assert f"unknown: {tmp_path}/?.jsonl: line 1: an empty object" in capsys.readouterr().out
 
 
-def test_the_json_holds_no_prompt(tmp_path, capsys):
+def test_the_json_holds_no_prompt(cost, tmp_path, capsys):
     request = {"messages": [{"role": "user", "content": "a very private question?"}]}
     response = {"object": "chat.completion", "model": "m", "choices": [{"message": {"content": "secret"}}]}
     (tmp_path / "log.jsonl").write_text(json.dumps({"request": request, "response": response}))
@@ -305,7 +180,7 @@ def test_the_json_holds_no_prompt(tmp_path, capsys):
     assert found["total"]["fresh"] > 0
 
 
-def test_a_picture(log, tmp_path):
+def test_a_picture(cost, log, tmp_path):
     file = tmp_path / "cost.png"
     assert cost(log, "--plot", file, "--machine-price", 100) == 0
     assert file.read_bytes().startswith(b"\x89PNG")
@@ -313,7 +188,7 @@ def test_a_picture(log, tmp_path):
     assert "<svg" in (tmp_path / "without.svg").read_text()
 
 
-def test_the_price_table_can_be_copied_and_is_used(log, capsys):
+def test_the_price_table_can_be_copied_and_is_used(cost, log, capsys):
     assert cost("--copy-prices") == 0
     file = prices.user_file()
     assert capsys.readouterr().out == f"{file}: the built-in prices, to be edited\n"
@@ -334,40 +209,15 @@ def test_the_price_table_can_be_copied_and_is_used(log, capsys):
         (("{log}", "--plot", "cost.txt"), "--plot cost.txt: expected a name that ends in .png, .svg, .pdf"),
         (("{log}", "--plot", "/no/cost.png"), "--plot /no/cost.png: no folder /no"),
         (("{log}", "--sample", 1, "--page", "/"), "--page /: is a folder; expected the name of a file"),
+        (("{log}", "--rejects", "{log}"),
+         "{log}: is there already, and is no list of such lines; name another file with --rejects, or move it away"),
+        (("{log}", "--rejects", "/no/x"), "--rejects /no/x: no folder /no"),
         (("/no.jsonl",), "/no.jsonl: no such file or folder"),
         (("{log}", "--prices", "/no.toml"), "/no.toml: no price table can be read: No such file or directory"),
         (("{log}", "--sample", 1, "--model", "/no"),
          "/no: no such folder; a model is a folder or a Hugging Face name like owner/name"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_refused_in_one_line(log, flags, message, capsys):
+def test_what_cannot_work_is_refused_in_one_line(cost, log, flags, message, capsys):
     assert cost(*(str(log) if flag == "{log}" else flag for flag in flags)) == 1
-    assert capsys.readouterr().err == f"moelocal: error: {message}\n"
-
-
-def test_the_script_refuses_a_log_that_it_cannot_write(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmarks/cost.py", "--keep", "/nope/x"])
-    assert script.main() == 1
-    assert capsys.readouterr().err == (
-        "moelocal: error: /nope/x: the log cannot be written: No such file or directory\n"
-    )
-
-
-def test_the_script_reports_and_adds_its_seconds_to_the_results(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bandwidth, "measured", lambda: 1e9)  # takes a second
-    monkeypatch.setattr(
-        sys, "argv", ["benchmarks/cost.py", "--lines", "50", "--rounds", "2", "--results", str(tmp_path)]
-    )
-    assert script.main() == 0
-    output = capsys.readouterr().out
-    assert output.startswith("50 lines read, counted and priced in ")
-    (file,) = tmp_path.glob("*.tsv")
-    (row,) = read(file)
-    assert (row.benchmark, row.setting, row.figure, row.unit, row.count) == (
-        "cost",
-        "lines=50 seed=1",
-        "report",
-        "s",
-        2,
-    )
-    assert 0 < row.low <= row.value <= row.high
+    assert capsys.readouterr().err == f"moelocal: error: {message.format(log=log)}\n"

@@ -80,27 +80,32 @@ def test_a_named_model_counts_alone_and_a_small_one_warns():
     assert local.machine(ROWS, "embedded", 1000.0, decode=30.0).warning == ""
 
 
-SHAPE = Identity("flagship layers=4", "4 bits", 90 << 30, "cc")
+SHAPE = Identity("/tmp/slice", "4 bits, random weights", 90 << 30, "cc")
 
 
-def test_random_weights_are_not_the_speed_of_this_machine(tmp_path):
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    (folder / "synthetic.json").write_text("{}")
-    written = Identity(str(folder), "4 bits", 80 << 30, "dd")
-    renamed = Identity("/no/small-layers=4-experts=64", "4 bits", 70 << 30, "ee")
-    shapes = [row("decode", 7000.0, 1024, model) for model in (SHAPE, written, renamed)]
-    here = local.machine([*ROWS, *shapes], None, 1024.0)
+def test_random_weights_are_not_the_speed_of_this_machine():
+    here = local.machine([*ROWS, row("decode", 7000.0, 1024, SHAPE)], None, 1024.0)
     assert (here.decode.value, here.warning) == (60.0, "")
-    assert local.machine(shapes, None, 1024.0).decode.origin.startswith("assumed")
+
+
+def test_where_no_real_model_was_measured_speeds_are_assumed_and_it_is_said():
+    rows = [row("decode", 7000.0, 1024, SHAPE), row("decode", 5000.0, 1024, SMALL)]
+    here = local.machine(rows, None, 1024.0)
+    assert here.decode == Figure(local.DECODE, "assumed, not measured; --tokens-per-second sets it")
+    assert here.warning == (
+        "no real model was measured here (slice has random weights and answers nothing, embedded is far too small to "
+        "take over such calls); moelocal bench --model NAME does it"
+    )
+    assert local.machine(rows, None, 1024.0, prefill=1.0, decode=1.0).warning == ""
+    assert local.machine(rows, "some/Other", 1024.0).warning == ""
 
 
 def test_random_weights_that_are_named_warn():
     here = local.machine([row("decode", 7000.0, 1024, SHAPE)], SHAPE.name, 1024.0)
     assert here.decode.value == 7000.0
     assert here.warning == (
-        "the speeds were measured with flagship layers=4, a shape with random weights, which answers nothing; measure "
-        "a real model with moelocal bench, or give --tokens-per-second"
+        "the speeds were measured with /tmp/slice, which has random weights and answers nothing; measure a real model "
+        "with moelocal bench, or give --tokens-per-second"
     )
 
 

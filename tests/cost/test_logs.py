@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -54,11 +55,50 @@ def test_a_bad_item_of_a_page_loses_none_of_the_others(tmp_path):
     assert Logs.find([file]).reread([Place(0, 1, 3)]) == dict(entries[1:])
 
 
-def test_only_the_first_few_are_kept(tmp_path):
+def test_the_reasons_of_the_first_few_are_kept_and_the_places_of_all(tmp_path):
     file = tmp_path / "log.jsonl"
-    file.write_bytes(b"x\n" * 1000)
+    file.write_bytes(b"x\n" * 1000 + CALL + b"\n\n\nx\n{}\nx\n")
     _, lines = read(file)
-    assert (lines.counts["malformed"], len(lines.shown["malformed"])) == (1000, 5)
+    assert (lines.counts["malformed"], len(lines.shown["malformed"])) == (1002, 5)
+    assert lines.unread == {
+        "empty": {(str(file), 0): [[1002, 1003]]},
+        "malformed": {(str(file), 0): [[1, 1000], [1004, 1004], [1006, 1006]]},
+        "unknown": {(str(file), 0): [[1005, 1005]]},
+    }
+
+
+def rejected(*names: Path) -> list[dict[str, Any]]:
+    """What `reject` is told of, through JSON."""
+    told: list[dict[str, Any]] = []
+    lines = Lines(reject=lambda each: told.append(json.loads(json.dumps(each))))
+    list(Logs.find(names).read(lines))
+    return told
+
+
+def test_every_line_that_is_not_read_is_passed_on_as_it_is(tmp_path, monkeypatch):
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(CALL + b"\n \t\r\n\xffx\n" + b'{"a": "\xc3\xa9"}\n[' + CALL + b"]")
+    place = {"file": str(file)}
+    assert rejected(file) == [
+        {"rejected": "empty", **place, "line": 2, "reason": "empty", "raw": " \t"},
+        {"rejected": "malformed", **place, "line": 3, "reason": "not UTF-8 text: byte 1", "raw": "\udcffx"},
+        {"rejected": "unknown", **place, "line": 4, "reason": "an object with a", "raw": '{"a": "\u00e9"}'},
+        {"rejected": "unknown", **place, "line": 5, "reason": "a list, not an object",
+         "raw": f"[{CALL.decode()}]"},
+    ]  # fmt: skip
+    assert "\udcffx".encode("utf-8", "surrogateescape") == b"\xffx"
+    monkeypatch.setattr(logs, "LONGEST", 1 << 20)
+    file.write_bytes(b"x" * (2 << 20))
+    (long,) = rejected(file)
+    assert (long["line"], long["reason"], long["raw"]) == (1, "longer than 1 MB", None)
+
+
+def test_items_of_pages_and_of_lists_are_passed_on_too(tmp_path):
+    (tmp_path / "page.jsonl").write_text(json.dumps({"object": "list", "data": [json.loads(CALL), {"x": 1}]}))
+    (tmp_path / "whole.json").write_text(json.dumps([json.loads(CALL), [1, "\ud800"]]))
+    page, item = rejected(tmp_path)
+    assert (page["line"], page["item"], json.loads(page["raw"])) == (1, 2, {"x": 1})
+    assert (item["line"], "item" in item, json.loads(item["raw"])) == (2, False, [1, "\ud800"])
 
 
 @given(st.lists(st.sampled_from([CALL, b"", b" \t", b"{", b"nul", b"[]", b"{}", b'"\\ud800"', b"\xf0\x28", b"1e999"])
@@ -74,6 +114,12 @@ def test_no_line_is_lost_whatever_it_holds(tmp_path_factory, content, packed, ne
     assert lines.total == data.count(b"\n") + (not data.endswith(b"\n") and bool(data))
     assert len(entries) == lines.counts["read"]
     assert not lines.damaged
+    named = {place.line for place, _ in entries}
+    for by_place in lines.unread.values():
+        for first, last in by_place.get((str(file), 0), []):
+            assert named.isdisjoint(range(first, last + 1))
+            named |= set(range(first, last + 1))
+    assert named == set(range(1, lines.total + 1))
 
 
 def test_gzip_is_told_by_its_first_bytes_not_by_its_name(tmp_path):

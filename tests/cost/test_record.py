@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import resource
 import stat
 import sys
 
 import pytest
 
+import moelocal
 from moelocal.cli import main
 
 
@@ -51,10 +54,43 @@ def test_without_the_flag_nothing_is_written(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_log_that_cannot_be_written_is_one_line(tmp_path, capsys):
-    log = tmp_path / "no" / "such" / "calls.jsonl"
-    assert main(["generate", "Hello!", "--max-tokens", "4", "--log", str(log)]) == 1
+@pytest.mark.parametrize("command", [["generate", "Hello!"], ["chat", "--prompt", "Hello!"]])
+def test_a_log_that_cannot_be_written_is_one_line_before_anything_is_loaded(
+    tmp_path, capsys, monkeypatch, command
+):
+    monkeypatch.setattr(moelocal, "load", None)  # calling it would raise
+    for log, reason in (
+        (tmp_path / "no" / "calls.jsonl", "No such file or directory"),
+        (tmp_path, "Is a directory"),
+    ):
+        assert main([*command, "--log", str(log)]) == 1
+        assert capsys.readouterr() == ("", f"moelocal: error: {log}: the log cannot be written: {reason}\n")
+
+
+@contextlib.contextmanager
+def disk_of(nbytes: int):
+    """No file grows beyond so many bytes: what a full disk does, for the writer."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(("room", "reason"), [(0, "File too large"), (20, "No space left on device")])
+def test_a_full_disk_costs_no_answer_and_leaves_no_half_line(tmp_path, capsys, monkeypatch, room, reason):
+    log, before = tmp_path / "calls.jsonl", '{"a line": 1}\n'
+    log.write_text(before)
+    with disk_of(len(before) + room):
+        assert main(["generate", "Hello!", "--max-tokens", "8", "--no-thinking", "--log", str(log)]) == 0
     out, err = capsys.readouterr()
-    assert out and err.splitlines()[-1] == (
-        f"moelocal: error: {log}: the log cannot be written: No such file or directory"
-    )
+    assert out.strip()
+    warning = f"warning: {log}: the log cannot be written: {reason}; this answer is not in it"
+    assert err.splitlines()[-1] == f"moelocal: {warning}"
+    assert log.read_text() == before
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"My name is Ada.\nWhat is my name?\n")))
+    with disk_of(len(before) + room):
+        assert main(["chat", "--max-tokens", "4", "--no-thinking", "--log", str(log)]) == 0
+    assert capsys.readouterr().err.splitlines().count(warning) == 2  # both are answered
+    assert log.read_text() == before

@@ -111,7 +111,11 @@ class Identity:
         found = survey(folder)
         most = found.formats[0][0] if found.formats else "no matrices"
         bits = stored_sizes(found).bits_per_weight
-        return cls(name, f"{bits:.2f} bits per weight, most in {most}", found.nbytes, weights_hash(folder))
+        # written by benchmarks/synthetic.py; `moelocal cost` does not take its speed for a model's
+        random = ", random weights" if (folder / "synthetic.json").is_file() else ""
+        return cls(
+            name, f"{bits:.2f} bits per weight, most in {most}{random}", found.nbytes, weights_hash(folder)
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Its fields, for JSON."""

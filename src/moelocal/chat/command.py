@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import moelocal
+from moelocal import flags
 from moelocal.chat.conversation import Conversation
 from moelocal.chat.keyboard import Lines, Terminal, decode
 from moelocal.chat.program import Chat
 from moelocal.chat.screen import Screen
+from moelocal.cost import record
 from moelocal.engine.load import Model
 from moelocal.engine.sampling import Sampling
 from moelocal.errors import MoelocalError
@@ -77,9 +79,12 @@ def chat(parsed: argparse.Namespace) -> None:
 
 
 def load(parsed: argparse.Namespace) -> tuple[Model, dict[str, Any]]:
-    """The model and the options of its answers. Impossible sampling values are refused before it loads."""
+    """The model and the options of its answers. Impossible sampling values, and a log that cannot be written, are
+    refused before it loads."""
     given = {name: getattr(parsed, name) for name in SAMPLING_FLAGS if getattr(parsed, name) is not None}
     Sampling(**given)
+    if parsed.log is not None:
+        record.require_writable(parsed.log)
     if parsed.model is None:
         print(
             "This is the small demonstration model inside the package. For a large one:\n"
@@ -125,39 +130,10 @@ def add_chat_flags(parser: argparse.ArgumentParser) -> None:
     add_answer_flags(parser)
 
 
-def add_source_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that name a checkpoint."""
-    parser.add_argument(
-        "--model", metavar="NAME", help="a folder or a Hugging Face name; else the embedded one"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face repository")
-    parser.add_argument(
-        "--offline", action="store_true", help="use what is on this machine; download nothing"
-    )
-
-
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how to load a checkpoint."""
-    add_source_flags(parser)
-    parser.add_argument(
-        "--quantization",
-        default="auto",
-        metavar="RECIPE",
-        help="quantize original weights once, by a recipe of `moelocal quantize`; none: run them as they are; else "
-        "only if they do not fit",
-    )
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the computation")
-    parser.add_argument(
-        "--context",
-        type=int,
-        metavar="TOKENS",
-        help="the longest conversation; more than the model was trained with (up to 4 times) stretches it by YaRN",
-    )
-    parser.add_argument(
-        "--kv-bits",
-        type=int,
-        choices=(8, 4),
-        help="keep keys and values in so many bits: less memory, slightly other answers",
+    """The flags that say which checkpoint to load, and how."""
+    flags.add(
+        parser, "--model", "--revision", "--offline", "--quantization", "--dtype", "--context", "--kv-bits"
     )
     parser.add_argument(
         "--snapshots",

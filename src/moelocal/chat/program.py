@@ -156,7 +156,10 @@ class Chat:
         self.totals.add(done)
         self.screen.note(summary(done))
         if self.log is not None:
-            record.append(self.log, self.model.name, prompt, done)
+            try:
+                record.append(self.log, self.model.name, prompt, done)
+            except RequestError as error:  # the answer is there, and the conversation goes on
+                self.screen.note(f"warning: {error}; this answer is not in it")
 
     def _command(self, line: str) -> bool:
         name, _, argument = line.partition(" ")

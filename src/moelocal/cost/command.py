@@ -8,15 +8,15 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 from moelocal import hub, machine
 from moelocal.bench import results
-from moelocal.bench.header import slug
-from moelocal.cost import local, prices
+from moelocal.bench.header import machine_name
+from moelocal.cost import local, prices, private
 from moelocal.cost.estimate import Tally
 from moelocal.cost.local import number
 from moelocal.cost.logs import Lines, Logs, Progress
@@ -44,6 +44,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it as .png, .svg or .pdf")
+    parser.add_argument(
+        "--rejects",
+        type=Path,
+        metavar="FILE",
+        help="write there every line that is not read, with its place and the reason",
+    )
     group = parser.add_argument_group("prices of the APIs")
     group.add_argument(
         "--prices", type=Path, metavar="FILE", help="a price table; else your own, else the built-in one"
@@ -137,6 +143,10 @@ def run(parsed: argparse.Namespace) -> None:
     report, sampler = survey(parsed)
     lines = [_printable(line) for line in report.as_lines()]
     print("\n".join(lines))
+    if parsed.rejects:
+        print(
+            f"\nrejects    {report.lines.rejected:,}, with their reasons: {_printable(str(parsed.rejects))}"
+        )
     pairs: list[Pair] = []
     if parsed.sample:
         pairs = _ask_again(parsed, report, sampler, lines)
@@ -160,6 +170,8 @@ def survey(parsed: argparse.Namespace) -> tuple[Report, Sampler]:
     """Read the logs, price them, and compare. Raises `RequestError`, `ConfigError`; `TokenizerError`, `ModelNotFound`
     if tokens must be counted and the model's tokenizer cannot be read."""
     logs = Logs.find(parsed.logs)
+    if parsed.rejects and parsed.rejects.resolve() in [file.resolve() for file in logs.files]:
+        raise RequestError(f"--rejects {parsed.rejects}: is among the logs that are read; name another file")
     counting = _Tokenizer(parsed.model)
     sampler = Sampler(parsed.sample, parsed.seed)
     table = Prices.open(parsed.prices)
@@ -168,14 +180,18 @@ def survey(parsed: argparse.Namespace) -> tuple[Report, Sampler]:
     tally = Tally(table, counting.count, sampler.offer if parsed.sample else None, parsed.local_as)
     lines = Lines()
     started = time.perf_counter()
-    with _bar("reading the logs", "nbytes") as progress:
+    with ExitStack() as open_:
+        if parsed.rejects:
+            write = open_.enter_context(private.writing(parsed.rejects))
+            lines.reject = lambda rejected: write(json.dumps(rejected) + "\n")
+        progress = open_.enter_context(_bar("reading the logs", "nbytes"))
         for place, entry in logs.read(lines, progress):
             tally.add(place, entry)
     tally.finish()
     seconds = time.perf_counter() - started
     total = tally.total
     folder = parsed.results or results.default_folder()
-    rows = local.measured(folder, slug(machine.chip() or "unknown chip"))
+    rows = local.measured(folder, machine_name())
     here = local.machine(
         rows,
         parsed.model,
@@ -221,7 +237,7 @@ class _Tokenizer:
 def _ask_again(parsed: argparse.Namespace, report: Report, sampler: Sampler, lines: list[str]) -> list[Pair]:
     recorded = texts(report.logs, sampler.drawn())
     if not recorded:
-        print("\nsample: no call with its prompt and answer as text, so none can be asked again")
+        print("\nsample: no billed call with its prompt and answer as text, so none can be asked again")
         return []
     model = load(parsed.model, offline=True, progress=sys.stderr.isatty())
     thinking = False if parsed.no_thinking else None
@@ -282,7 +298,8 @@ def _check(parsed: argparse.Namespace) -> None:
         raise RequestError(f"--sample {parsed.sample}: expected 0 to {_MOST_SAMPLED}")
     if parsed.sample and parsed.max_tokens < 1:
         raise RequestError(f"--max-tokens {parsed.max_tokens}: expected 1 or more")
-    for flag, file in (("--plot", parsed.plot), ("--page", parsed.page if parsed.sample else None)):
+    page_file = parsed.page if parsed.sample else None
+    for flag, file in (("--plot", parsed.plot), ("--page", page_file), ("--rejects", parsed.rejects)):
         if file is None:
             continue
         if file.is_dir():
@@ -293,6 +310,10 @@ def _check(parsed: argparse.Namespace) -> None:
         from moelocal.cost import page  # imported here: only a sample needs jinja2
 
         page.require_own(parsed.page)
+    if parsed.rejects is not None:
+        private.require_own(
+            parsed.rejects, b'{"rejected": ', "list of such lines; name another file with --rejects"
+        )
     if parsed.plot is not None:
         if parsed.plot.suffix not in _PICTURES:
             raise RequestError(f"--plot {parsed.plot}: expected a name that ends in {', '.join(_PICTURES)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from hashlib import blake2b
@@ -89,9 +89,9 @@ class _Waiting:
 @dataclass(slots=True)
 class Tally:
     """All sums. `cells`: by model and kind; `months`: by month and model; `unpriced`: calls by model; `assumed`: calls
-    priced with an assumption, by it; `ours`: local calls, which nobody billed, at the prices of `local_as`, of which
-    `ours_timed` have their time recorded, `ours_seconds` in all; `without_input`: calls whose input is neither
-    recorded nor on the line, so that their sums are too low."""
+    priced with an assumption, by it; `our_cells`: local calls, which nobody billed, by model and kind at the prices of
+    `local_as`, of which `ours_timed` have their time recorded, `ours_seconds` in all; `without_input`: calls whose
+    input is neither recorded nor on the line, so that their sums are too low."""
 
     prices: Prices
     count: Count
@@ -99,7 +99,7 @@ class Tally:
     local_as: str | None = None
     cells: dict[tuple[str, str], Sum] = field(default_factory=dict)
     months: dict[tuple[str, str], Sum] = field(default_factory=dict)
-    ours: Sum = field(default_factory=Sum)
+    our_cells: dict[tuple[str, str], Sum] = field(default_factory=dict)
     ours_timed: int = 0
     ours_seconds: float = 0.0
     shapes: Counter[str] = field(default_factory=Counter)
@@ -153,6 +153,11 @@ class Tally:
         return merged(self.cells.values())
 
     @property
+    def ours(self) -> Sum:
+        """Of all local calls."""
+        return merged(self.our_cells.values())
+
+    @property
     def requests_answered(self) -> int:
         """Batch requests whose answers were found on other lines."""
         return sum(each.answered for each in self._requests.values())
@@ -181,17 +186,17 @@ class Tally:
     def _call(self, place: Place, entry: Entry) -> None:
         estimated = entry.tokens is None
         tokens = entry.tokens or self._estimate(entry)
+        model = _capped(entry.model or UNNAMED, self._models)
+        self._models.add(model)
+        day = entry.when.date() if entry.when else None
         if entry.local:
-            day = entry.when.date() if entry.when else None
             price = self.prices.find(self.local_as, day, tokens.prompt) if self.local_as else None
-            self.ours.add(tokens, price.cost(tokens) if price else None, estimated)
+            ours = self.our_cells.setdefault((model, kind_of(entry)), Sum())
+            ours.add(tokens, price.cost(tokens) if price else None, estimated)
             if entry.seconds is not None:
                 self.ours_timed += 1
                 self.ours_seconds += entry.seconds
             return
-        model = _capped(entry.model or UNNAMED, self._models)
-        self._models.add(model)
-        day = entry.when.date() if entry.when else None
         dollars = self._price(entry, model, day, tokens)
         if entry.when is None:
             self.undated += 1
@@ -242,19 +247,21 @@ class Tally:
         return self.cells.setdefault((model, kind), Sum())
 
     def by_model(self) -> dict[str, Sum]:
-        """Most dollars first, then most tokens."""
-        return self._by(0)
+        """Of the billed calls; most dollars first, then most tokens."""
+        return grouped(self.cells, 0)
 
     def by_kind(self) -> dict[str, Sum]:
-        """Most dollars first, then most tokens."""
-        return self._by(1)
+        """Of the billed calls; most dollars first, then most tokens."""
+        return grouped(self.cells, 1)
 
-    def _by(self, part: int) -> dict[str, Sum]:
-        groups: dict[str, list[Sum]] = {}
-        for key, each in self.cells.items():
-            groups.setdefault(key[part], []).append(each)
-        sums = {name: merged(each) for name, each in groups.items()}
-        return dict(sorted(sums.items(), key=lambda item: (-item[1].dollars, -item[1].prompt, item[0])))
+
+def grouped(cells: Mapping[tuple[str, str], Sum], part: int) -> dict[str, Sum]:
+    """Sums of cells that have a part of their names in common; most dollars first, then most tokens."""
+    groups: dict[str, list[Sum]] = {}
+    for key, each in cells.items():
+        groups.setdefault(key[part], []).append(each)
+    sums = {name: merged(each) for name, each in groups.items()}
+    return dict(sorted(sums.items(), key=lambda item: (-item[1].dollars, -item[1].prompt, item[0])))
 
 
 def merged(sums: Iterable[Sum]) -> Sum:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from moelocal.bench import results
+from moelocal.bench.header import Identity
 from moelocal.bench.results import Row
 from moelocal.errors import RequestError
 
@@ -16,9 +16,8 @@ SECONDS_PER_MONTH: Final = 365.25 / 12 * 86_400
 _JOULES_PER_KWH: Final = 3.6e6
 TOY: Final = 1 << 30
 """Bytes of a model below which its speed says nothing about one that could take over such calls."""
-_SHAPE: Final = re.compile(r"[ -][a-z_]+=\d+")
-_MANIFEST: Final = "synthetic.json"
-"""What gives random weights away: a part of their name, which no name on Hugging Face can hold, or this file."""
+RANDOM: Final = "random weights"
+"""In the quantization of weights of benchmarks/synthetic.py, which have a speed and answer nothing."""
 
 DECODE: Final = 30.0
 PREFILL: Final = 500.0
@@ -39,7 +38,7 @@ class Figure:
 @dataclass(frozen=True, slots=True)
 class Machine:
     """`prefill`, `decode`: tokens per second; `prefill_watts`, `decode_watts`: while it does so; `price`: dollars per
-    kWh; `model`: of the measured speeds; `warning`: what to know about them."""
+    kWh; `warning`: what to know about the speeds."""
 
     prefill: Figure
     decode: Figure
@@ -135,29 +134,28 @@ def machine(
 ) -> Machine:
     """What is given counts, else what `rows` measured, else the assumptions.
 
-    Of the rows those of `model` are taken (None: of the largest model that was measured, random weights left out), at
-    the context nearest to `prompt` tokens, and of those the newest.
+    Of the rows those of `model` are taken (None: of the largest real model that was measured, neither a toy nor random
+    weights), at the context nearest to `prompt` tokens, and of those the newest.
     """
     speeds = [row for row in rows if row.benchmark == "speed" and row.program == "moelocal" and row.model]
+    models = dict.fromkeys(row.model for row in speeds if row.model)
     if model is not None:
-        speeds = [row for row in speeds if row.model and Path(row.model.name).name == Path(model).name]
-    elif speeds := [row for row in speeds if row.model and not _is_synthetic(row.model.name)]:
-        largest = max(row.model.nbytes for row in speeds if row.model)
-        speeds = [row for row in speeds if row.model and row.model.nbytes == largest]
+        chosen = {each for each in models if Path(each.name).name == Path(model).name}
+    else:
+        real = [each for each in models if not _unreal(each)]
+        chosen = {each for each in real if each.nbytes == max(each.nbytes for each in real)}
+    speeds = [row for row in speeds if row.model in chosen]
     found_prefill, found_decode = _nearest(speeds, "prefill", prompt), _nearest(speeds, "decode", prompt)
     used = [row for row, flag in ((found_prefill, prefill), (found_decode, decode)) if row and flag is None]
     warning = ""
-    if used and used[0].model:
-        name, why = used[0].model.name, ""
-        if _is_synthetic(name):
-            why = "a shape with random weights, which answers nothing"
-        elif used[0].model.nbytes < TOY:
-            why = "which is far too small to take over such calls"
-        if why:
-            warning = (
-                f"the speeds were measured with {name}, {why}; "
-                "measure a real model with moelocal bench, or give --tokens-per-second"
-            )
+    if used and used[0].model and (why := _unreal(used[0].model)):
+        warning = (
+            f"the speeds were measured with {used[0].model.name}, which {why}; "
+            "measure a real model with moelocal bench, or give --tokens-per-second"
+        )
+    elif model is None and models and not chosen and None in (prefill, decode):
+        measured_here = ", ".join(f"{Path(each.name).name} {_unreal(each)}" for each in models)
+        warning = f"no real model was measured here ({measured_here}); moelocal bench --model NAME does it"
     prefill_figure = _figure(prefill, "--prefill-tokens-per-second", found_prefill, PREFILL)
     decode_figure = _figure(decode, "--tokens-per-second", found_decode, DECODE)
     return Machine(
@@ -170,15 +168,11 @@ def machine(
     )
 
 
-def _is_synthetic(name: str) -> bool:
-    """Whether a model in the results is a shape with random weights (benchmarks/synthetic.py): by its name, such as
-    "small layers=4 experts=64", or by the manifest in its folder."""
-    if _SHAPE.search(Path(name).name):
-        return True
-    try:
-        return (Path(name).expanduser() / _MANIFEST).is_file()
-    except (OSError, RuntimeError, ValueError):  # ~nobody, a zero byte, a name too long
-        return False
+def _unreal(model: Identity) -> str:
+    """Why a model's speed is not that of one that could take over the calls, in words; empty for a real one."""
+    if RANDOM in model.quantization:
+        return "has random weights and answers nothing"
+    return "is far too small to take over such calls" if model.nbytes < TOY else ""
 
 
 def measured(folder: Path, slug: str) -> list[Row]:

@@ -9,7 +9,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal, cast
@@ -41,16 +41,22 @@ class Place:
 @dataclass(slots=True)
 class Lines:
     """How many lines there were, and what became of them. `items`: of pages, which count as read, those that were not;
-    `shown`: the first few of each fate that were not read, as (file, "line 3" or "line 1, item 2", reason); `damaged`:
-    files that end too early; `left_out`: files of folders whose names are not those of logs."""
+    `unread`: all that was not read, as stretches [first, last] of lines of (file, 0), of items of (file, line of the
+    page); `shown`: the first few with a reason, as (file, "line 3" or "line 1, item 2", reason); `reject`: is told of
+    each, as an object for a line of JSON; `damaged`: files that end too early; `left_out`: files of folders whose names
+    are not those of logs."""
 
     counts: dict[Fate, int] = field(
         default_factory=lambda: {"read": 0, "empty": 0, "malformed": 0, "unknown": 0}
     )
     items: dict[Fate, int] = field(default_factory=lambda: {"malformed": 0, "unknown": 0})
+    unread: dict[Fate, dict[tuple[str, int], list[list[int]]]] = field(
+        default_factory=lambda: {"empty": {}, "malformed": {}, "unknown": {}}
+    )
     shown: dict[Fate, list[tuple[str, str, str]]] = field(
         default_factory=lambda: {"malformed": [], "unknown": []}
     )
+    reject: Callable[[Mapping[str, Any]], None] | None = None
     damaged: list[str] = field(default_factory=list)
     left_out: int = 0
 
@@ -59,20 +65,34 @@ class Lines:
         """All lines."""
         return sum(self.counts.values())
 
-    def count(self, fate: Fate, file: Path, line: int, reason: str = "") -> None:
-        """One more line."""
-        self.counts[fate] += 1
-        if fate in self.shown:
-            self._show(fate, file, f"line {line}", reason)
+    @property
+    def rejected(self) -> int:
+        """Lines, and items of pages, that were not read."""
+        return self.total - self.counts["read"] + sum(self.items.values())
 
-    def count_item(self, fate: Fate, file: Path, line: int, item: int, reason: str) -> None:
+    def count(self, fate: Fate, file: Path, line: int, reason: str = "", raw: object = None) -> None:
+        """One more line; `raw`: it, as bytes or as a JSON value."""
+        self.counts[fate] += 1
+        if fate != "read":
+            self._name(fate, str(file), 0, line, reason, raw)
+
+    def count_item(self, fate: Fate, file: Path, line: int, item: int, reason: str, raw: object) -> None:
         """One more item of a page that was not read; `item` from 0."""
         self.items[fate] += 1
-        self._show(fate, file, f"line {line}, item {item + 1}", reason)
+        self._name(fate, str(file), line, item + 1, reason, raw)
 
-    def _show(self, fate: Fate, file: Path, where: str, reason: str) -> None:
-        if len(self.shown[fate]) < _SHOWN:
-            self.shown[fate].append((str(file), where, reason))
+    def _name(self, fate: Fate, file: str, page: int, number: int, reason: str, raw: object) -> None:
+        stretches = self.unread[fate].setdefault((file, page), [])
+        if stretches and stretches[-1][1] == number - 1:
+            stretches[-1][1] = number
+        else:
+            stretches.append([number, number])
+        if fate in self.shown and len(self.shown[fate]) < _SHOWN:
+            where = f"line {page}, item {number}" if page else f"line {number}"
+            self.shown[fate].append((file, where, reason))
+        if self.reject:
+            place = {"line": page, "item": number} if page else {"line": number}
+            self.reject({"rejected": fate, "file": file, **place, "reason": reason, "raw": _text(raw)})
 
 
 class Logs:
@@ -208,23 +228,35 @@ def _entries(line: Any, file: Path, number: int, lines: Lines) -> list[tuple[int
     try:
         if line is _TOO_LONG:
             raise Malformed(f"longer than {LONGEST >> 20} MB")
+        value = line
         if isinstance(line, bytes):
             if not line.strip():
-                lines.count("empty", file, number)
+                lines.count("empty", file, number, "empty", line)
                 return []
-            line = json.loads(line.decode().rstrip("\r\n"))
-        items = page_of(line)
-        found = [(0, parse(line))] if items is None else []
+            value = json.loads(line.decode().rstrip("\r\n"))
+        items = page_of(value)
+        found = [(0, parse(value))] if items is None else []
     except _UNREAD as error:
-        lines.count(_fate(error), file, number, _reason(error))
+        lines.count(_fate(error), file, number, _reason(error), line)
         return []
     lines.count("read", file, number)
     for item, value in enumerate(items or ()):
         try:
             found.append((item, parse(value)))
         except _UNREAD as error:
-            lines.count_item(_fate(error), file, number, item, _reason(error))
+            lines.count_item(_fate(error), file, number, item, _reason(error), value)
     return found
+
+
+def _text(raw: object) -> str | None:
+    """A line without its end, a byte that is no UTF-8 as half of a surrogate pair (U+DC80 to U+DCFF); a value as JSON;
+    None for what is too long to be kept, or nested too deeply."""
+    if isinstance(raw, bytes):
+        return raw.decode("utf-8", "surrogateescape").rstrip("\r\n")
+    try:
+        return None if raw is _TOO_LONG else json.dumps(raw)
+    except RecursionError:
+        return None
 
 
 def _fate(error: Exception) -> Fate:

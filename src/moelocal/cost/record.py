@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -35,12 +37,30 @@ def append(
         **({"tools": list(tools)} if tools else {}),
         "completion": dataclasses.asdict(completion),
     }
-    text = json.dumps(line, ensure_ascii=False) + "\n"
-    try:
+    data = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+    with _open(file) as log:
         # in one write at the end of the file, so that lines of several programs do not mix
-        descriptor = os.open(file.expanduser(), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "wb", buffering=0) as stream:
-            stream.write(text.encode("utf-8", "replace"))
+        written = os.write(log, data)
+        if written < len(data):  # the disk is full; half a line would spoil the next one as well
+            os.ftruncate(log, os.fstat(log).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def require_writable(file: Path) -> None:
+    """Before an answer is generated: can it be added? Begins the file. Raises `RequestError`."""
+    with _open(file):
+        pass
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[int]:
+    """Its descriptor. Raises `RequestError`, also for an `OSError` inside."""
+    try:
+        log = os.open(file.expanduser(), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            yield log
+        finally:
+            os.close(log)
     except (OSError, RuntimeError, ValueError) as error:
         raise RequestError(
             f"{file}: the log cannot be written: {getattr(error, 'strerror', None) or error}"

@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from moelocal.cost.estimate import Sum, Tally, merged
+from moelocal.cost.estimate import Sum, Tally, grouped, merged
 from moelocal.cost.local import BreakEven, Local, Machine, cost
 from moelocal.cost.logs import Lines, Logs
 from moelocal.units import size
 
 _ROWS: Final = 20
 """Of a table; the rest is summed in one more row."""
+_STRETCHES: Final = 20
+"""Of lines that were not read, in the text; more are in the JSON."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,6 +40,9 @@ class Report:
         if not total.calls:
             yield ""
             yield "No call that somebody billed."
+            if not self.tally.entries:
+                yield "Expected is a JSON object on each line: an answer as the APIs of OpenAI and Anthropic give or"
+                yield "export it, with its request or without, or what --log writes (docs/cost.md has all forms)."
             return
         yield from self._table("by model", self.tally.by_model())
         yield from self._table("by kind of task", self.tally.by_kind())
@@ -54,8 +59,8 @@ class Report:
 
     def _read(self) -> Iterator[str]:
         lines, tally = self.lines, self.tally
-        files = "1 file" if len(self.logs.files) == 1 else f"{len(self.logs.files)} files"
-        yield f"read       {files}, {size(self.logs.nbytes)}, {lines.total:,} lines in {self.seconds:.2f} s"
+        files, every = _many(len(self.logs.files), "file"), _many(lines.total, "line")
+        yield f"read       {files}, {size(self.logs.nbytes)}, {every} in {self.seconds:.2f} s"
         counts = lines.counts
         yield (
             f"lines      {counts['read']:,} read, {counts['empty']:,} empty, {counts['malformed']:,} malformed, "
@@ -63,22 +68,18 @@ class Report:
         )
         if any(lines.items.values()):
             yield (
-                f"           of the pages {lines.items['malformed']:,} items malformed, "
+                f"           in pages: {_many(lines.items['malformed'], 'item')} malformed, "
                 f"{lines.items['unknown']:,} of unknown shape"
             )
-        for fate, shown in lines.shown.items():
-            for file, where, reason in shown:
-                yield f"           {fate}: {file}: {where}: {reason}"
-            if (more := counts[fate] + lines.items[fate] - len(shown)) > 0:
-                yield f"           {fate}: and {more:,} more"
+        yield from self._unread()
         for damage in lines.damaged:
             yield f"           {damage}"
         if lines.left_out:
-            yield f"           {lines.left_out:,} files of the folders have names of no logs and were left out"
-        total = tally.total
-        parts = [f"{total.calls:,} calls"]
-        if tally.ours.calls:
-            parts.append(f"{tally.ours.calls:,} local ones that nobody billed")
+            yield f"           left out: {_many(lines.left_out, 'file')} of the folders, not named like a log"
+        total, ours = tally.total, tally.ours
+        parts = [_many(total.calls, "billed call")]
+        if ours.calls:
+            parts.append(f"{_many(ours.calls, 'local call')} that nobody billed")
         if tally.repeated:
             parts.append(f"{tally.repeated:,} recorded twice and counted once")
         if failed := sum(tally.failed.values()):
@@ -86,9 +87,9 @@ class Report:
             parts.append(f"{failed:,} failed ({named})")
         answered = tally.requests_answered
         if answered:
-            parts.append(f"{answered:,} batch requests whose answers are there")
+            parts.append(f"{_many(answered, 'batch request')} answered on other lines")
         if tally.unanswered:
-            parts.append(f"{tally.unanswered:,} requests without an answer, not priced")
+            parts.append(f"{_many(tally.unanswered, 'request')} without an answer, not priced")
         if tally.ambiguous:
             parts.append(
                 f"{tally.ambiguous:,} batch requests that share an id, so that no answer belongs to them"
@@ -97,42 +98,66 @@ class Report:
         for shape, count in tally.shapes.most_common():
             yield f"           {count:>10,}  {shape}"
 
+    def _unread(self) -> Iterator[str]:
+        """The lines that were not read: the first few with their reasons, where all are if they are few."""
+        for fate, by_place in self.lines.unread.items():
+            shown = self.lines.shown.get(fate, [])
+            for file, where, reason in shown:
+                yield f"           {fate}: {file}: {where}: {reason}"
+            count = self.lines.counts[fate] + self.lines.items.get(fate, 0)
+            if count == len(shown):
+                continue
+            if sum(map(len, by_place.values())) > _STRETCHES:
+                yield f"           {fate}: {count:,} in all; --json says where, --rejects FILE holds them"
+                continue
+            for (file, page), stretches in by_place.items():
+                where = ", ".join(
+                    str(first) if first == last else f"{first}-{last}" for first, last in stretches
+                )
+                alone = stretches[0][0] == stretches[-1][1]
+                unit = ("item" if page else "line") + ("" if alone else "s")
+                yield f"           {fate}: {file}: {f'line {page}, ' if page else ''}{unit} {where}"
+
     def _ours(self) -> Iterator[str]:
         ours, model = self.tally.ours, self.tally.local_as
         if not ours.calls:
             return
-        line = f"local      {ours.calls:,} calls, {ours.prompt:,} tokens in, {ours.output:,} out"
+        line = f"local      {_many(ours.calls, 'call')}, {ours.prompt:,} tokens in, {ours.output:,} out"
         if model is None:
-            yield f"{line}; --local-as MODEL says what they would have cost"
+            yield f"{line}; --local-as MODEL (such as gpt-4.1) says what they would have cost"
         else:
-            yield f"{line}; {ours.priced:,} of them priced as {model}: ${ours.dollars:,.2f}"
+            yield f"{line}; {ours.priced:,} of them priced as {model}: ${_money(ours.dollars)}"
         timed = self.tally.ours_timed
         if timed:
             whole = "" if timed == ours.calls else f", of {timed:,} of them; the others have no time"
             yield f"           {_hours(self.tally.ours_seconds)} of answering, as the log says{whole}"
         else:
             yield "           how long they took, the log does not say"
+        yield from self._table("local calls, by model", grouped(self.tally.our_cells, 0), here=False)
+        yield from self._table("local calls, by kind of task", grouped(self.tally.our_cells, 1), here=False)
 
-    def _table(self, title: str, rows: Mapping[str, Sum]) -> Iterator[str]:
-        """`here`: what the calls of a row would take on this machine, priced or not."""
+    def _table(self, title: str, rows: Mapping[str, Sum], *, here: bool = True) -> Iterator[str]:
+        """`here`: with what the calls of a row would take on this machine, priced or not."""
         yield ""
-        yield (
-            f"{title:<42}{'calls':>9}{'input':>14}{'cached':>12}{'written':>10}{'output':>12}{'$':>12} "
-            f"{'here: h':>9}{'here: $':>9}"
-        )
+        heads = f"{title:<42}{'calls':>9}{'input':>14}{'cached':>12}{'written':>10}{'output':>12}{'$':>12}"
+        yield f"{heads} {'here: h':>9}{'here: $':>9}" if here else heads
         names = list(rows)
         shown = [(name, rows[name]) for name in names[:_ROWS]]
         if len(names) > _ROWS:
             shown.append((f"({len(names) - _ROWS} more)", merged(rows[name] for name in names[_ROWS:])))
-        for name, each in [*shown, ("in all", merged(rows.values()))]:
-            here = cost(self.machine, each.prompt, each.output)
-            dollars = f"{each.dollars:,.2f}" if each.priced else "unpriced"
+        total = merged(rows.values())
+        all_here = cost(self.machine, total.prompt, total.output)
+        for name, each in [*shown, ("in all", total)]:
+            dollars = _money(each.dollars, total.dollars) if each.priced else "unpriced"
             mark = "*" if each.priced and each.priced < each.calls else " "
             label = name if len(name) <= 39 else f"{name[:38]}…"
-            yield (
+            cells = (
                 f"  {label:<40}{each.calls:>9,}{each.fresh:>14,}{each.cached:>12,}{each.written:>10,}"
-                f"{each.output:>12,}{dollars:>12}{mark}{here.seconds / 3600:>9,.1f}{here.dollars:>9,.2f}"
+                f"{each.output:>12,}{dollars:>12}{mark}"
             )
+            local = cost(self.machine, each.prompt, each.output)
+            figures = f"{local.seconds / 3600:>9,.1f}{_money(local.dollars, all_here.dollars):>9}"
+            yield cells + figures if here else cells.rstrip()
         if any(each.priced and each.priced < each.calls for each in rows.values()):
             yield "  * some of these calls have no price and are not in the sum"
 
@@ -142,11 +167,11 @@ class Report:
         yield f"prices     {tally.prices.file}"
         for source, count in tally.sources.most_common():
             reads = max(each.read for each in tally.prices.entries if each.source == source)
-            yield f"           {count:>10,} calls: {source}, read {reads}"
+            yield f"           {count:>10,} {'call' if count == 1 else 'calls'}: {source}, read {reads}"
         for assumption, count in tally.assumed.most_common():
             yield f"           {count:>10,} {assumption}"
         for model, count in tally.unpriced.most_common(_ROWS):
-            yield f"unpriced   {count:>10,} calls of {model}: not in the table"
+            yield f"unpriced   {count:>10,} {'call' if count == 1 else 'calls'} of {model}: not in the table"
         if len(tally.unpriced) > _ROWS:
             yield f"           and {len(tally.unpriced) - _ROWS} more models"
         if tally.undated:
@@ -172,11 +197,12 @@ class Report:
         if machine.warning:
             yield f"  WARNING: {machine.warning}"
         yield f"  time           {_hours(local.prefill_seconds)} prefill + {_hours(local.decode_seconds)} decode"
-        yield f"  energy         {local.kwh:,.4g} kWh, ${local.dollars:,.2f}; the API took ${total.dollars:,.2f}"
+        yield f"  energy         {local.kwh:,.4g} kWh, ${_money(local.dollars)}; the API took ${_money(total.dollars)}"
         yield "  Tokens as the provider counted them; another tokenizer counts differently. No cache helps here."
         if total.priced != total.calls:
             every = self.everything
-            yield f"  All {total.calls:,} calls: {_hours(every.seconds)}, {every.kwh:,.4g} kWh, ${every.dollars:,.2f}"
+            dollars = _money(every.dollars)
+            yield f"  All {total.calls:,} calls: {_hours(every.seconds)}, {every.kwh:,.4g} kWh, ${dollars}"
 
     def _even(self, total: Sum) -> Iterator[str]:
         even = self.even
@@ -196,12 +222,18 @@ class Report:
         if even.calls_per_month is None:
             yield "  The log's own volume per month is unknown: its dates span less than a day."
         elif even.months is not None:
-            volume, most = f"{even.calls_per_month:,.0f} calls/month", even.most_calls
+            months = f"{even.months:,.1f} months"
+            if even.months > 12 * even.years:
+                months += ", longer than it serves"
+            volume, most = (
+                f"{even.calls_per_month:,.{0 if even.calls_per_month >= 10 else 2}f} calls/month",
+                even.most_calls,
+            )
             if most is not None and even.calls_per_month > most:
                 yield f"  This log: {volume}, more than this machine answers one after the other."
-                yield f"  The {most:,.0f} a month that it does answer pay for it in {even.months:,.1f} months."
+                yield f"  The {most:,.0f} a month that it does answer pay for it in {months}."
             else:
-                yield f"  This log: {volume}; they pay for the machine in {even.months:,.1f} months."
+                yield f"  This log: {volume}; they pay for the machine in {months}."
 
     def as_dict(self) -> dict[str, Any]:
         """For programs."""
@@ -211,6 +243,11 @@ class Report:
             "nbytes": self.logs.nbytes,
             "lines": {"total": self.lines.total, **self.lines.counts, "left_out_files": self.lines.left_out},
             "items": dict(self.lines.items),
+            "unread": [
+                {"fate": fate, "file": file, **({"line": page, "items": each} if page else {"lines": each})}
+                for fate, by_place in self.lines.unread.items()
+                for (file, page), each in by_place.items()
+            ],
             "damaged": self.lines.damaged,
             "entries": tally.entries,
             "repeated": tally.repeated,
@@ -231,6 +268,10 @@ class Report:
                 {"model": model, "kind": kind, **_sum(each)}
                 for (model, kind), each in sorted(tally.cells.items())
             ],
+            "local_cells": [
+                {"model": model, "kind": kind, **_sum(each)}
+                for (model, kind), each in sorted(tally.our_cells.items())
+            ],
             "months": [
                 {"month": month, "model": model, **_sum(each)}
                 for (month, model), each in sorted(tally.months.items())
@@ -250,8 +291,17 @@ class Report:
         }
 
 
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def _sum(each: Sum) -> dict[str, Any]:
     return dataclasses.asdict(each)
+
+
+def _money(dollars: float, of: float | None = None) -> str:
+    """With cents, or hundredths of them where all that it is part of is less than a dollar."""
+    return f"{dollars:,.{2 if (dollars if of is None else of) >= 1 else 4}f}"
 
 
 def _hours(seconds: float) -> str:
