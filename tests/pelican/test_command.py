@@ -7,7 +7,6 @@ import json
 import socket
 import threading
 from contextlib import contextmanager
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -15,12 +14,12 @@ from typing import ClassVar
 import pytest
 
 import moelocal
-from drawings import PELICAN, RICH, answer
+from drawings import PELICAN, RICH
 from moelocal.errors import NumericsError, RequestError
 from moelocal.pelican import command, makers, render
 from moelocal.pelican.answers import Answers
 from moelocal.pelican.command import PROMPT, add_flags, run
-from moelocal.pelican.makers import key_of
+from moelocal.pelican.makers import Maker
 
 pytest.importorskip("resvg_py")
 
@@ -45,14 +44,16 @@ def figures(capsys, *arguments: str) -> dict:
     return found
 
 
-class Fake:
+class Fake(Maker):
     """A maker that draws a pelican with a part that depends on the seed, and fails at one seed."""
 
-    source, quantization = "moelocal", "4.00 bits per weight"
-
-    def __init__(self, name: str = "fake", fails: int | None = None) -> None:
-        self.name, self.origin, self.fails = name, f"weights of {name}", fails
-        self.settings: dict = {"temperature": None}
+    def __init__(self, name: str = "fake", fails: object = None) -> None:
+        super().__init__(
+            name, "moelocal", f"weights of {name}", {"temperature": None}, "4.00 bits per weight"
+        )
+        self.name = name  # that of a record of somebody else can be anything
+        self.fails = fails
+        self.text = PELICAN
         self.made: list[tuple[str, int]] = []
         self.closed = 0
 
@@ -61,18 +62,10 @@ class Fake:
             raise NumericsError(f"the logits of {self.name} are NaN")
         self.made.append((prompt, seed))
         report(3)
-        text = PELICAN.replace('r="16"', f'r="{seed + 5}"')
-        return answer(
-            self.name, seed, text, prompt=prompt, key=key_of(self, prompt, seed), settings=self.settings
-        )
+        return self.said(prompt, seed, text=self.text.replace('r="16"', f'r="{seed + 5}"'))
 
     def close(self):
         self.closed += 1
-
-    @property
-    def key(self):
-        """Of the first answer to the usual prompt."""
-        return key_of(self, PROMPT, 0)
 
 
 @pytest.fixture
@@ -128,18 +121,24 @@ def test_an_answer_is_that_of_its_seed_and_settings(embedded):
 
 
 @pytest.mark.parametrize(
-    "change", ["prompt", "seed", "max_tokens", "temperature", "thinking", "weights", "dtype"]
+    "change", ["prompt", "seed", "max_tokens", "temperature", "thinking", "weights", "dtype", "name"]
 )
-def test_other_settings_are_other_answers(change):
-    settings = {"max_tokens": 9, "temperature": None, "thinking": None}
-    maker = makers.Ours(Path("x"), "m", None, settings, False)
-    maker.__dict__["_identity"] = makers.Identity("m", "q", 1, "abc")
-    other = replace(maker, settings=settings | {change: 1} if change in settings else settings)
-    other.__dict__["_identity"] = makers.Identity("m", "q", 1, "abd" if change == "weights" else "abc")
-    other.dtype = "float16" if change == "dtype" else None
-    key = key_of(maker, "P", 1)
-    assert key == key_of(maker, "P", 1)
-    assert key != key_of(other, "Q" if change == "prompt" else "P", 2 if change == "seed" else 1)
+def test_other_settings_are_other_answers(monkeypatch, change):
+    def key(changed: bool) -> str:
+        weights = "abd" if changed and change == "weights" else "abc"
+        monkeypatch.setattr(makers.Identity, "of", lambda *a: makers.Identity("m", "q", 1, weights))
+        settings: dict = {"max_tokens": 9, "temperature": None, "thinking": None}
+        if changed and change in settings:
+            settings[change] = 1
+        name = "n" if changed and change == "name" else "m"
+        dtype = "float16" if changed and change == "dtype" else None
+        prompt, seed = (
+            "Q" if changed and change == "prompt" else "P",
+            2 if changed and change == "seed" else 1,
+        )
+        return makers.Ours(Path("x"), name, dtype, settings, False).key(prompt, seed)
+
+    assert key(False) == key(False) != key(True)
 
 
 # several models, prompts, and what goes wrong
@@ -167,24 +166,91 @@ def test_each_model_draws_each_prompt_with_each_seed(tmp_path, fakes, capsys):
     ]
 
 
-def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, fakes, capsys, monkeypatch):
-    """Stopped in the middle of an answer, as by Ctrl-C: the answers before it are there, and are not made again."""
-    fakes.append(Fake())
-    before = Fake.answer
+def stop(self, prompt, seed, report):
+    """As Ctrl-C in the middle of the third answer."""
+    if seed == 2:
+        raise KeyboardInterrupt
+    return self.said(prompt, seed, text=self.text)
 
-    def stopped(self, prompt, seed, report):
-        if seed == 2:
-            raise KeyboardInterrupt
-        return before(self, prompt, seed, report)
 
+def test_a_run_that_was_stopped_shows_what_is_there_and_goes_on_where_it_was(
+    tmp_path, fakes, capsys, monkeypatch
+):
+    fakes += [Fake(), Fake("never asked")]
+    flags = ("--to", str(tmp_path), "--json")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Fake, "answer", stopped)
-        run(asked("--to", str(tmp_path)))
-    assert len(list((tmp_path / "answers").iterdir())) == 2
-    fakes[0].made.clear()
-    found = figures(capsys, "--to", str(tmp_path))
-    assert (found["made"], found["kept"]) == (2, 2)
+        patch.setattr(Fake, "answer", stop)
+        run(asked(*flags))
+    out, err = capsys.readouterr()
+    assert err == "stopped; the same command goes on where it was\n"
+    found = json.loads(out.splitlines()[-1])
+    assert (found["made"], found["interrupted"], found["failed"]) == (2, True, [])
+    assert Path(found["page"]).read_text().count("<figure") == 2
+    assert [each.closed for each in fakes] == [1, 0]
+    fakes.pop()
+    found = figures(capsys, *flags)
+    assert (found["made"], found["kept"], found["interrupted"]) == (2, 2, False)
     assert [seed for _, seed in fakes[0].made] == [2, 3]
+
+
+def test_a_run_that_was_stopped_before_the_first_answer_writes_nothing(tmp_path, fakes, capsys, monkeypatch):
+    fakes.append(Fake())
+    monkeypatch.setattr(Fake, "answer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(asked("--to", str(tmp_path), "--seed", "2", "--json"))
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("lost", "page"), [("shown.json", None), ("index.html", None), ("sheet.png", "index.html")]
+)
+def test_what_was_made_is_told_and_kept_when_it_cannot_be_shown(
+    tmp_path, fakes, capsys, monkeypatch, lost, page
+):
+    fakes.append(Fake())
+
+    def write(path, content):
+        if path.name == lost:
+            raise RequestError(f"{path}: cannot be written: No space left on device")
+        path.write_bytes(content)
+
+    monkeypatch.setattr(command.show, "write_whole", write)
+    told = refusal("--to", str(tmp_path), "--count", "2", "--json")
+    assert told == f"{tmp_path / lost}: cannot be written: No space left on device"
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["made"], found["failed"], found["sheet"]) == (2, [told], None)
+    assert found["page"] == (page and str(tmp_path / page))
+    assert [model["answers"] for model in found["models"]] == ([] if lost == "shown.json" else [2])
+    assert len(list((tmp_path / "answers").iterdir())) == 2
+
+
+@pytest.mark.parametrize("fonts", [{}, {"sans_serif_family": "DejaVu Sans"}])
+def test_a_sheet_without_letters_is_told(tmp_path, fakes, capsys, monkeypatch, fonts):
+    fakes.append(Fake())
+    monkeypatch.setattr(render, "fonts", lambda: fonts)
+    run(asked("--to", str(tmp_path), "--count", "1"))
+    told = "note   the sheet has no letters: there is no known font on this machine (DejaVu Sans is one)\n"
+    assert (told in capsys.readouterr().out) == (not fonts)
+
+
+def test_an_answer_that_cannot_be_kept_is_shown(tmp_path, fakes, capsys, monkeypatch):
+    fakes.append(Fake())
+
+    def full(*arguments):
+        raise RequestError("full")
+
+    monkeypatch.setattr(Answers, "keep", full)
+    assert refusal("--to", str(tmp_path), "--json") == "1 of 1 models did not answer: full"
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["made"] == 1 and Path(found["page"]).read_text().count("<figure") == 1
+
+
+def test_where_one_of_two_models_fails_there_is_no_vote_but_its_answers_are_told(tmp_path, fakes, capsys):
+    fakes += [Fake("one", fails=0), Fake("two")]
+    told = refusal("--to", str(tmp_path), "--count", "1", "--blind", "--json")
+    assert told == "--blind compares models, got one: two; name more with --model, --server or --svgs"
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["made"], found["page"], found["failed"]) == (1, None, ["the logits of one are NaN", told])
 
 
 def test_a_model_that_fails_does_not_end_the_run(tmp_path, fakes, capsys):
@@ -205,12 +271,9 @@ def test_where_nobody_answers_the_error_is_that_of_the_first(tmp_path, fakes, ca
     assert not (tmp_path / "index.html").exists()
 
 
-def test_what_is_not_drawn_is_named(tmp_path, fakes, capsys, monkeypatch):
+def test_what_is_not_drawn_is_named(tmp_path, fakes, capsys):
     fakes.append(Fake("fake\x07"))  # a record of somebody else
-    monkeypatch.setattr("drawings.PELICAN", "No.")
-    monkeypatch.setattr(
-        Fake, "answer", lambda self, p, s, r: answer(self.name, s, "No.", prompt=p, key=key_of(self, p, s))
-    )
+    fakes[0].text = "No."
     run(asked("--to", str(tmp_path), "--count", "1"))
     assert "fake?, seed 0: nothing to draw: there is no <svg> in the answer\n" in capsys.readouterr().out
 
@@ -222,8 +285,8 @@ def test_what_is_not_drawn_is_named(tmp_path, fakes, capsys, monkeypatch):
         (["--max-tokens", "0"], "--max-tokens: expected at least 1, got 0"),
         (["--temperature", "-1"], "--temperature: expected a number from 0, got -1.0"),
         (["--temperature", "nan"], "--temperature: expected a number from 0, got nan"),
-        (["--seed", "-1"], "--seed: expected a number from 0, got -1"),
-        (["--blind", "-2"], "--blind: expected a number from 0, got -2"),
+        (["--seed", "-1"], "--seed: expected at least 0, got -1"),
+        (["--blind", "-2"], "--blind: expected at least 0, got -2"),
         (["--prompt", " "], "--prompt: expected a text, got nothing"),
         (["--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read: No such file or directory"),
         (["--svgs", "nowhere"], "--svgs nowhere: expected a folder with .svg files"),
@@ -248,11 +311,16 @@ def test_a_file_of_prompts_without_one_is_named(tmp_path, content, told):
     assert refusal("--prompts", str(file)) == f"--prompts {file}: {told}"
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, fakes):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, fakes, monkeypatch):
     fakes.append(Fake())
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: path != tmp_path)
+        assert refusal("--to", str(tmp_path / "a" / "b")) == (
+            f"--to {tmp_path / 'a' / 'b'}: cannot be written; name another folder"
+        )
     (tmp_path / "to").write_text("a file")
     told = refusal("--to", str(tmp_path / "to"), "--count", "1")
-    assert told == f"{tmp_path / 'to' / 'answers' / fakes[0].key}.json: cannot be read: Not a directory"
+    assert told == f"--to {tmp_path / 'to'}: cannot be written; name another folder" and not fakes[0].made
 
 
 @pytest.mark.parametrize("name", ["index.html", "sheet.png"])
@@ -278,9 +346,10 @@ def test_files_stand_beside_under_their_names(tmp_path, capsys):
     others.mkdir()
     (others / "kimi.svg").write_text(RICH)
     (others / "gpt-5.svg").write_text("<svg><script>x</script><rect width='9' height='9'/></svg>")
-    found = figures(capsys, "--svgs", str(others), "--to", str(tmp_path / "to"))
+    twice = ("--svgs", str(others), "--svgs", str(others))
+    found = figures(capsys, *twice, "--to", str(tmp_path / "to"))
     assert [(m["model"], m["drawn"], m["repaired"]) for m in found["models"]] == [
-        ("gpt-5", 0, 1),
+        ("gpt-5", 1, 1),
         ("kimi", 1, 0),
     ]
     assert (found["made"], found["kept"], found["files"]) == (0, 0, 2)
@@ -349,13 +418,7 @@ def test_a_server_draws_too(tmp_path, capsys):
 
 def test_a_server_with_several_models_has_to_be_told_which(tmp_path):
     with serving() as address:
-        assert refusal("--server", address) == (
-            f"server {address}: it serves 2 models; name one: alpha, beta"
-        )
-        assert (
-            refusal("--server", f"{address}=gamma")
-            == f"server {address}: serves no model gamma; it has alpha, beta"
-        )
+        assert refusal("--server", address).startswith(f"server {address}: it serves 2 models; name one")
 
 
 EVIL = "evil\x1b]0;pwn\x07\x9b2J\u202e [/red]"
@@ -368,7 +431,6 @@ def test_the_name_of_a_model_does_not_steer_the_terminal(tmp_path, capsys, monke
         flags = ("--server", address, "--count", "1", "--to", str(tmp_path))
         found = figures(capsys, *flags)
         run(asked(*flags))
-        assert refusal("--server", f"{address}=x") == f"server {address}: serves no model x; it has {PLAIN}"
     assert Handler.bodies[0]["model"] == EVIL  # the server is asked by the name that it knows
     assert [model["model"] for model in found["models"]] == [PLAIN]
     printed = capsys.readouterr().out
@@ -416,10 +478,14 @@ def test_a_prompt_stays_on_this_machine(monkeypatch):
 def test_a_vote_from_end_to_end(tmp_path, fakes, capsys):
     fakes += [Fake("one"), Fake("two")]
     to = ("--to", str(tmp_path))
-    found = figures(capsys, *to, "--count", "2", "--blind", "7")
-    assert found["blind_seed"] == 7 and found["models"] is None
+    run(asked(*to, "--count", "2", "--blind", "7", "--json"))
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last)["blind_seed"] == 7 and json.loads(last)["models"] is None
     page = tmp_path / "index.html"
+    assert lines == [f"page   {page}", f"sheet  {tmp_path / 'sheet.png'}",
+                     f"vote   moelocal pelican --to {tmp_path} --vote 1=A 2=none …"]  # fmt: skip
     assert "weights of" not in page.read_text()
+    assert f"Vote with: moelocal pelican --to {tmp_path.name} --vote 1=A 2=none …;" in page.read_text()
     run(asked(*to, "--vote"))
     assert capsys.readouterr().out == "no votes yet\nwithout a vote: 1, 2\n"
     result = figures(capsys, *to, "--vote", "2=A")
@@ -440,11 +506,24 @@ def test_a_page_that_was_not_written_after_a_vote_is_written_later(tmp_path, fak
     to = ("--to", str(tmp_path))
     run(asked(*to, "--count", "1", "--blind"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(command.show, "write", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(command.show, "draw", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         run(asked(*to, "--vote", "1=A"))
     assert "weights of" not in (tmp_path / "index.html").read_text()
     run(asked(*to, "--vote"))
     assert "weights of" in (tmp_path / "index.html").read_text()
+
+
+def test_a_vote_is_told_when_the_page_cannot_be_written(tmp_path, fakes, capsys, monkeypatch):
+    fakes += [Fake("one"), Fake("two")]
+    to = ("--to", str(tmp_path))
+    run(asked(*to, "--count", "1", "--blind"))
+
+    def full(*arguments):
+        raise RequestError("full")
+
+    monkeypatch.setattr(command.show, "write_page", full)
+    assert refusal(*to, "--vote", "1=A", "--json") == "full"
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["votes"] == 1
 
 
 def test_votes_need_hidden_names(tmp_path, fakes, capsys):
@@ -453,4 +532,4 @@ def test_votes_need_hidden_names(tmp_path, fakes, capsys):
     assert refusal("--to", str(tmp_path), "--vote", "1=A") == (
         f"{tmp_path}: names are shown there; begin a vote with `moelocal pelican --blind`"
     )
-    assert Answers(tmp_path / "answers").find(fakes[0].key) is not None
+    assert Answers(tmp_path / "answers").find(fakes[0].key(PROMPT, 0)) is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from html.parser import HTMLParser
 
@@ -56,6 +55,13 @@ def of(text: str = PELICAN, letter: str = "", **changes) -> Picture:
         return Picture(answer(text=text, **changes), drawing(text), b"", "", letter)
     except gallery.Refused as error:
         return Picture(answer(text=text, **changes), None, b"", str(error), letter)
+
+
+def write(shown: Shown) -> list[Picture]:
+    pictures = show.draw(shown)
+    show.write_page(shown, pictures)
+    show.write_sheet(shown, pictures)
+    return pictures
 
 
 def check_alone(text: str) -> Reader:
@@ -143,7 +149,7 @@ def test_whatever_models_and_files_are_called_and_say_is_text():
 def test_any_answer_is_shown_letter_by_letter(text):
     read = check_alone(page("t", [Section("one", "", (of(text + "x", reasoning=text),))], [], [], ""))
     # HTML has no NUL, takes every line end for \n, and leaves out the first one in <pre>
-    assert text.replace("\0", "").strip() in read.text.replace("\ufffd", "") or "\r" in text or "\0" in text
+    assert text.replace("\0", "\ufffd").strip() in read.text or "\r" in text
 
 
 def test_a_hidden_section_tells_no_name_and_no_figure():
@@ -188,9 +194,23 @@ def test_the_sheet_is_one_picture_of_all(monkeypatch):
         "footer",
     )
     width, height = render.dimensions(png)
-    # four columns of 224 with gaps of 16 and margins of 24; two rows, and one
-    assert width == 4 * 240 - 16 + 48
-    assert height == 64 + 34 + 2 * 280 + 34 + 280 + 36
+    # four columns of 224 with gaps of 16 and margins of 24; two rows, and one; two pixels for one
+    assert width == 2 * (4 * 240 - 16 + 48)
+    assert height == 2 * (64 + 50 + 2 * 280 + 50 + 280 + 36)
+
+
+def test_a_ballot_that_was_voted_on_tells_all_on_the_sheet(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(render, "png", lambda svg, size, seconds: drawn.append(svg) or b"")
+    pictures = (of(letter="A"), of(letter="B", model="a-name-of-forty-letters-that-ends-in-4bit", seed=2))
+    sheet("t", [Section("Ballot 1", "voted: one", pictures, "model", winner="one")], "f")
+    labels = re.findall(r">([^<]*)</text>", drawn[0])[3:-1]
+    second = "seed 1 · 391 tok · 2.5 s · 160 tok/s"
+    assert labels == [
+        "A · one · chosen", second, "4.50 bits per weight",
+        "B · a-name-of-fort…s-in-4bit", second.replace("1", "2", 1), "4.50 bits per weight",
+    ]  # fmt: skip
+    assert drawn[0].count('stroke-width="3"') == 1
 
 
 def test_a_hidden_sheet_tells_no_name(monkeypatch):
@@ -198,7 +218,7 @@ def test_a_hidden_sheet_tells_no_name(monkeypatch):
     monkeypatch.setattr(render, "png", lambda svg, size, seconds: drawn.append(svg) or b"")
     picture = of(letter="B", model="the-secret", seed=987654, tokens=123321)
     for hidden in (True, False):
-        sheet("t", [Section("Ballot 1", "", (picture,), hidden=hidden)], "f")
+        sheet("t", [Section("Ballot 1", "", (picture,), "model", hidden=hidden)], "f")
     assert (
         all(secret not in drawn[0] for secret in ("the-secret", "987654", "123,321"))
         and ">B</text>" in drawn[0]
@@ -236,13 +256,13 @@ def keep(folder, answers):
 def test_a_vote_opens_ballot_by_ballot(tmp_path, drawn_without_pixels):
     answers = [answer(model, seed) for model in ("one", "two") for seed in range(2)] + [answer("one", 2)]
     shown = Shown.new(tmp_path, keep(tmp_path, answers), 5, "the command --model one")
-    show.write(shown)
+    write(shown)
     text = (tmp_path / "index.html").read_text()
     assert "weights of" not in text and "the command" not in text and text.count("<figure") == 4
     again = Shown.open(tmp_path)
     assert again == shown
     again.votes.add(again.round, {2: "two"}, again.ballots)
-    show.write(again)
+    write(again)
     text = (tmp_path / "index.html").read_text()
     assert (
         text.count("weights of") == 2
@@ -251,7 +271,7 @@ def test_a_vote_opens_ballot_by_ballot(tmp_path, drawn_without_pixels):
         and "<table" not in text
     )
     again.votes.add(again.round, {1: "none"}, again.ballots)
-    show.write(again)
+    write(again)
     text = (tmp_path / "index.html").read_text()
     # the one without a counterpart is shown at the end
     assert text.count("weights of") == 5 and "the command" in text and "<table" in text
@@ -264,7 +284,7 @@ def test_pictures_stand_by_prompt_and_model(tmp_path, drawn_without_pixels):
         for prompt in ("P", "Q")
         for seed in (1, 2)
     ]
-    pictures = show.write(Shown.new(tmp_path, keep(tmp_path, answers), None, "c"))
+    pictures = write(Shown.new(tmp_path, keep(tmp_path, answers), None, "c"))
     assert [each.answer for each in pictures] == answers
     read = check_alone((tmp_path / "index.html").read_text())
     assert "2 prompts" in read.text and "8 answers of 2 models" in read.text
@@ -278,15 +298,41 @@ def test_one_picture_of_each_prompt_stands_beside_the_others(tmp_path, monkeypat
     answers = [
         answer(model, 0, prompt=prompt)
         for model in ("one", "two")
-        for prompt in ("Draw a crab", "Draw a tern")
+        for prompt in ("Draw a crab", "Draw a tern that rides on a very old bicycle")
     ]
-    show.write(Shown.new(tmp_path, keep(tmp_path, answers), None, "c"))
+    write(Shown.new(tmp_path, keep(tmp_path, answers), None, "c"))
     read = check_alone((tmp_path / "index.html").read_text())
     assert [tag for tag, _ in read.tags].count("h2") == 2
+    labels = re.findall(r">([^<]*)</text>", drawn[-1])
+    took = "seed 0 · 391 tok · 2.5 s · 160 tok/s"
+    tiles = ["Draw a crab", took, "Draw a tern that rides on a", "very old bicycle", took]
+    words = "4.50 bits per weight · 2 of 2 drawn · all the same picture · 160.0 tokens/s"
+    assert labels[1:-1] == ["one", words, *tiles, "two", words, *tiles]
+
+
+def test_models_with_one_picture_stand_side_by_side(tmp_path, monkeypatch):
+    """With their names, quantization and seeds; the one with several has a row of its own."""
+    drawn = []
+    monkeypatch.setattr(render, "png", lambda svg, size, seconds=0: drawn.append(svg) or b"\x89PNG")
+    file = answer("file", None, quantization="", tokens=None, seconds=None, tokens_per_second=None)
+    cut = answer("cut", 3, PELICAN[:-6])
+    answers = [answer("one", 1), answer("many", 1), answer("many", 2), file, cut]
+    write(Shown.new(tmp_path, keep(tmp_path, answers), None, "c"))
+    read = check_alone((tmp_path / "index.html").read_text())
+    words = " ".join(read.text.split())
+    many = "many 4.50 bits per weight · 2 of 2 drawn · all the same picture · 160.0 tokens/s"
     assert (
-        all(f">{label}</text>" in drawn[-1] for label in ("one", "two", "… crab", "… tern"))
-        and "seed" not in drawn[-1]
+        0 < words.index(many) < words.index("3 models, one picture each 3 of 3 drawn") < words.index(" one ")
     )
+    labels = re.findall(r">([^<]*)</text>", drawn[-1])[1:-1]
+    took = "391 tok · 2.5 s · 160 tok/s"
+    assert labels == [
+        "many", "4.50 bits per weight · 2 of 2 drawn · all the same picture · 160.0 tokens/s",
+        "seed 1", took, "seed 2", took,
+        "3 models, one picture each", "3 of 3 drawn",
+        "one", f"seed 1 · {took}", "4.50 bits per weight", "file",
+        "cut", f"seed 3 · {took}", "4.50 bits per weight · repaired",
+    ]  # fmt: skip
 
 
 def test_a_summary_counts_what_became_of_the_answers(monkeypatch):
@@ -300,9 +346,8 @@ def test_a_summary_counts_what_became_of_the_answers(monkeypatch):
     found = show.summary(pictures)
     counted = {key: found[key] for key in ("answers", "drawn", "repaired", "empty", "refused", "different")}
     # the one that was cut off is the same picture, without the last line break
-    assert counted == {"answers": 5, "drawn": 2, "repaired": 1, "empty": 1, "refused": 1, "different": 1}
+    assert counted == {"answers": 5, "drawn": 3, "repaired": 1, "empty": 1, "refused": 1, "different": 1}
     assert (found["tokens"], found["seconds"], found["tokens_per_second"]) == (5 * 391, 12.5, 2.5)
-    assert found["words"] == "4.50 bits per weight · 3 of 5 drawn · 1 different · 2.5 tokens/s"
 
 
 @pytest.mark.parametrize(
@@ -347,14 +392,17 @@ def test_names_of_files_are_names_of_models(tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(PELICAN)
     (tmp_path / "bytes.svg").write_bytes(b"\xff" + PELICAN.encode())
+    (tmp_path / "wide.svg").write_bytes(PELICAN.encode("utf-16"))
+    western = '<?xml version="1.0" encoding="ISO-8859-1"?><svg>\xe9</svg>'
+    (tmp_path / "western.svg").write_bytes(western.encode("latin-1"))
     found = read_files(tmp_path, "P")
     assert [(each.model, each.seed, each.origin) for each in found] == [
         ("bytes", None, "bytes.svg"), ("gpt-5", None, "gpt-5.svg"), ("kimi", None, "kimi/a.svg"),
         ("kimi", None, "kimi/b.md"), ("kimi", None, "kimi/old/c.txt"), ("opus 4.5", 7, "opus 4.5-seed7.svg"),
-        ("qwen3.5", 12, "qwen3.5_seed_12.SVG"),
+        ("qwen3.5", 12, "qwen3.5_seed_12.SVG"), ("western", None, "western.svg"), ("wide", None, "wide.svg"),
     ]  # fmt: skip
-    assert len({each.key for each in found}) == 7
-    assert json.loads(json.dumps([each.text for each in found])) == ["\ufffd" + PELICAN] + [PELICAN] * 6
+    assert len({each.key for each in found}) == 9
+    assert [each.text for each in found] == ["\ufffd" + PELICAN] + [PELICAN] * 6 + [western, PELICAN]
 
 
 def test_a_folder_without_pictures_and_a_file_too_large_are_named(tmp_path):

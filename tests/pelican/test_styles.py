@@ -41,7 +41,7 @@ def test_what_a_picture_needs_is_harmless(value):
         ("url(#a) url(b)", "a reference to b"),
         ("URL( 'x' )", "a reference to x"),
         ("url(#a", "a reference to #a"),
-        ("url(" + "x" * 99, "a reference to " + "x" * 59 + "…"),
+        ("url(" + "x" * 79 + "y", "a reference to " + "x" * 39 + "…" + "x" * 19 + "y"),
         ("'url(x)'", "a reference to x"),
         ("element(#a)", "a reference to #a"),
         ("expression(1)", "expression()"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from xml.etree import ElementTree
@@ -103,6 +104,11 @@ def test_escaped_markup_is_read():
         '&lt;svg viewBox="0 0 10 10" xmlns="http://www.w3.org/2000/svg"&gt;&lt;circle r="3"/&gt;&lt;/svg&gt;'
     )
     assert found.svg == SMALL and found.repairs == ("its < and > were written as &lt; and &gt;",)
+
+
+def test_markup_in_json_is_read():
+    found = drawing(json.dumps({"note": "a bird\n", "svg": SMALL.replace("><", ">\n<")}))
+    assert elements(found.svg) == elements(SMALL) and found.repairs == ('its quotes were written as \\"',)
 
 
 @pytest.mark.parametrize(

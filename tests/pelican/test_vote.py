@@ -153,7 +153,7 @@ def test_a_vote_that_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch
                 f"{votes.file}: cannot be written: No space left on device"
             )
         assert votes.file.read_bytes() == before
-        assert sorted(file.name for file in tmp_path.iterdir()) == [".votes.tsv.lock", "votes.tsv"]
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["votes.tsv"]
 
 
 def test_votes_at_the_same_time_are_all_kept(tmp_path):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -24,27 +25,26 @@ class Answer:
     """What a model said to a prompt, and what it took.
 
     `source`: "moelocal", "server" or "file"; `origin`: what exactly gave it (weights, address or name of the file);
-    `quantization`, `finish_reason`, `machine`: empty where nobody says; `seed`, `tokens`, `seconds` and
-    `tokens_per_second` (of the tokens after the first): None there. `settings`: what else the answer depends on.
-    `date`: UTC.
+    `settings`: what else the answer depends on; `tokens_per_second`: of the tokens after the first; `date`: UTC. What
+    nobody says is empty or None.
     """
 
     key: str
     model: str
     source: str
     origin: str
-    quantization: str
     prompt: str
-    seed: int | None
-    settings: dict[str, Any]
     text: str
-    reasoning: str
-    finish_reason: str
-    tokens: int | None
-    seconds: float | None
-    tokens_per_second: float | None
-    machine: str
-    date: str
+    seed: int | None = None
+    quantization: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    reasoning: str = ""
+    finish_reason: str = ""
+    tokens: int | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    machine: str = ""
+    date: str = ""
 
 
 def key(source: str, origin: str, prompt: str, seed: int | None, settings: Mapping[str, Any]) -> str:
@@ -120,31 +120,32 @@ def read_files(folder: Path, prompt: str) -> list[Answer]:
             name, seed = found[1], int(found[2])
         if file.parent != folder:
             name = file.relative_to(folder).parts[0]
-        text = content.decode("utf-8", "replace")
         origin = file.relative_to(folder).as_posix()
+        digest = hashlib.blake2b(content).hexdigest()
         answers.append(
             Answer(
-                key=key("file", f"{origin} {hashlib.blake2b(content).hexdigest()}", prompt, seed, {}),
+                key=key("file", f"{origin} {digest}", prompt, seed, {}),
                 model=one_line(name),
                 source="file",
                 origin=one_line(origin),
-                quantization="",
                 prompt=prompt,
+                text=_decoded(content),
                 seed=seed,
-                settings={},
-                text=text,
-                reasoning="",
-                finish_reason="",
-                tokens=None,
-                seconds=None,
-                tokens_per_second=None,
-                machine="",
-                date="",
             )
         )
     if not answers:
         raise RequestError(f"--svgs {folder}: no .svg file in it")
     return answers
+
+
+def _decoded(content: bytes) -> str:
+    """The text of a file: UTF-8, unless it says one of the others that programs write."""
+    encoding = "utf-8"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif re.match(rb"\s*<\?xml[^>]{0,80}encoding=.(iso-8859-1|windows-1252)\b", content, re.IGNORECASE):
+        encoding = "windows-1252"  # holds all letters of the other
+    return content.decode(encoding, "replace")
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -11,13 +11,13 @@ from moelocal.pelican.answers import Answer
 from moelocal.pelican.markup import EMPTY, Refused
 from moelocal.pelican.svg import Drawing, drawing
 
-TILE: Final = 224
-"""Pixels of a side of a picture on the contact sheet."""
+PIXELS: Final = 448
+"""Of the longer side of a picture on the contact sheet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An answer and what it looks like: `drawn` and `png`, its longer side `TILE` pixels; or else `reason`. `letter`:
+    """An answer and what it looks like: `drawn` and `png`, its longer side `PIXELS`; or else `reason`. `letter`:
     what it is called on a ballot."""
 
     answer: Answer
@@ -42,22 +42,26 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Pictures that stand together: those of a model, or of a ballot. `winner`: the model chosen there, or "none";
-    empty before the vote. `by_prompt`: they differ in the prompt, one of each."""
+    """Pictures that stand together. `differ`: in what, "seed", "prompt" or "model". `winner`: of a ballot, the model
+    chosen there, or "none"; empty before the vote. `hidden`: nothing may tell who drew what."""
 
     title: str
     subtitle: str
     pictures: tuple[Picture, ...]
+    differ: str = "seed"
     hidden: bool = False
     winner: str = ""
-    by_prompt: bool = False
+
+    def won(self, each: Picture) -> bool:
+        """Whether this picture was chosen."""
+        return bool(self.winner) and self.winner == each.answer.model
 
 
 def picture(answer: Answer, seconds: float = render.SECONDS) -> Picture:
     """Draw an answer."""
     try:
         drawn = drawing(answer.text)
-        return Picture(answer, drawn, render.png(drawn.svg, TILE, seconds), "")
+        return Picture(answer, drawn, render.png(drawn.svg, PIXELS, seconds), "")
     except Refused as error:
         reason = str(error)
         return Picture(answer, None, b"", reason if reason.startswith(EMPTY) else f"refused: {reason}")

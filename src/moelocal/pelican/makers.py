@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import mlx.core as mx
 
@@ -15,7 +15,6 @@ from moelocal import machine
 from moelocal.bench.header import Identity, commit
 from moelocal.bench.server import Server
 from moelocal.engine.load import Model
-from moelocal.errors import RequestError
 from moelocal.pelican.answers import Answer, key, now, one_line, plain
 
 SERVER_TOKENS: Final = 16_384
@@ -25,56 +24,53 @@ Report = Callable[[int], None]
 """Called with the number of tokens so far."""
 
 
-class Maker(Protocol):
-    """`name`: of the model; `source`, `origin`, `quantization`, `settings`: as in `Answer`."""
+class Maker:
+    """Who answers. The arguments are as in `Answer`; `name`: of the model."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def origin(self) -> str: ...
-    @property
-    def quantization(self) -> str: ...
-    @property
-    def settings(self) -> dict[str, Any]: ...
+    def __init__(
+        self, name: str, source: str, origin: str, settings: dict[str, Any], quantization: str = ""
+    ) -> None:
+        self.name, self.source, self.origin = one_line(name), source, origin
+        self.settings, self.quantization = settings, quantization
 
     def answer(self, prompt: str, seed: int, report: Report) -> Answer:
         """Ask. Raises errors of ours."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Give the memory back that it took to answer."""
 
+    def key(self, prompt: str, seed: int) -> str:
+        """The key of the answer that it would give."""
+        # the name too: the same weights under two names are two models on the page
+        return key(self.source, f"{self.name}: {self.origin}", prompt, seed, self.settings)
 
-def key_of(maker: Maker, prompt: str, seed: int) -> str:
-    """The key of the answer that it would give."""
-    return key(maker.source, maker.origin, prompt, seed, maker.settings)
+    def said(self, prompt: str, seed: int, **what: Any) -> Answer:
+        """An answer of this model: with `what` it said and took."""
+        return Answer(
+            key=self.key(prompt, seed),
+            model=self.name,
+            source=self.source,
+            origin=self.origin,
+            prompt=prompt,
+            seed=seed,
+            quantization=self.quantization,
+            settings=self.settings,
+            date=now(),
+            **what,
+        )
 
 
-@dataclass
-class Ours:
+class Ours(Maker):
     """A model that runs here. It is loaded when it first has to answer: where all answers are there, it is not."""
 
-    folder: Path
-    name: str
-    dtype: str | None
-    settings: dict[str, Any]
-    progress: bool
-    source: str = field(default="moelocal", init=False)
-
-    @cached_property
-    def _identity(self) -> Identity:
-        return Identity.of(self.folder, self.name)
-
-    @property
-    def quantization(self) -> str:
-        """Bits per weight and the format of most."""
-        return self._identity.quantization
-
-    @property
-    def origin(self) -> str:
-        """The weights, and the dtype if one was asked for."""
-        return f"weights {self._identity.hash}" + (f", {self.dtype}" if self.dtype else "")
+    def __init__(
+        self, folder: Path, name: str, dtype: str | None, settings: dict[str, Any], progress: bool
+    ) -> None:
+        weights = Identity.of(folder, name)
+        origin = f"weights {weights.hash}" + (f", {dtype}" if dtype else "")
+        super().__init__(name, "moelocal", origin, settings, weights.quantization)
+        self.folder, self.dtype, self.progress = folder, dtype, progress
 
     @cached_property
     def _model(self) -> Model:
@@ -100,15 +96,9 @@ class Ours:
         assert done is not None  # the last event of a stream has it
         package = Path(moelocal.__file__).parent
         program = f"moelocal {commit(package) or moelocal.__version__} on {mx.default_device().type.name}"
-        return Answer(
-            key=key_of(self, prompt, seed),
-            model=self.name,
-            source=self.source,
-            origin=self.origin,
-            quantization=self.quantization,
-            prompt=prompt,
-            seed=seed,
-            settings=self.settings,
+        return self.said(
+            prompt,
+            seed,
             text=done.text,
             reasoning=done.reasoning,
             finish_reason=done.finish_reason,
@@ -116,7 +106,6 @@ class Ours:
             seconds=round(done.timing.total_seconds, 3),
             tokens_per_second=round(done.timing.decode_tokens_per_second, 2) or None,
             machine=f"{machine.chip() or 'unknown chip'}, {program}",
-            date=now(),
         )
 
     def close(self) -> None:
@@ -125,43 +114,14 @@ class Ours:
         mx.clear_cache()
 
 
-@dataclass(frozen=True)
-class Theirs:
-    """A model of a server on this machine."""
+class Theirs(Maker):
+    """A model of a server on this machine, which does not say its quantization and keeps its memory."""
 
-    server: Server
-    model: str
-    settings: dict[str, Any]
-    source: str = field(default="server", init=False)
-
-    @classmethod
-    def at(cls, named: str, settings: dict[str, Any]) -> Theirs:
-        """ "ADDRESS" or "ADDRESS=MODEL". Raises `RequestError`."""
-        address, _, model = named.partition("=")
-        server = Server.at(address)
-        served = server.models()
-        if not model:
-            model = server.only_model()
-        elif model not in served:
-            names = ", ".join(map(one_line, served)) or "none"
-            raise RequestError(f"server {address}: serves no model {model}; it has {names}")
+    def __init__(self, server: Server, model: str, settings: dict[str, Any]) -> None:
         settings = {**settings, "max_tokens": settings["max_tokens"] or SERVER_TOKENS}
-        return cls(server, model, settings)
-
-    @property
-    def name(self) -> str:
-        """As the server calls it."""
-        return one_line(self.model)
-
-    @property
-    def origin(self) -> str:
-        """The address and the model there."""
-        return f"server {self.server.address}, model {one_line(self.model)}"
-
-    @property
-    def quantization(self) -> str:
-        """A server does not say."""
-        return ""
+        origin = f"server {server.address}, model {one_line(model)}"
+        super().__init__(model, "server", origin, settings)
+        self.server, self.model = server, model  # the name as the server knows it
 
     def answer(self, prompt: str, seed: int, report: Report) -> Answer:
         """As `Maker`."""
@@ -174,25 +134,15 @@ class Theirs:
             thinking=self.settings["thinking"],
         )
         writing = reply.last_token_seconds - reply.first_token_seconds
-        counted = reply.counted and reply.completion_tokens > 1 and writing > 0
-        return Answer(
-            key=key_of(self, prompt, seed),
-            model=self.name,
-            source=self.source,
-            origin=self.origin,
-            quantization="",
-            prompt=prompt,
-            seed=seed,
-            settings=self.settings,
+        timed = reply.counted and reply.completion_tokens > 1 and writing > 0
+        return self.said(
+            prompt,
+            seed,
             text=plain(reply.text),
             reasoning=plain(reply.reasoning),
             finish_reason=one_line(reply.finish_reason),
             tokens=reply.completion_tokens if reply.counted else None,
             seconds=round(reply.seconds, 3),
-            tokens_per_second=round((reply.completion_tokens - 1) / writing, 2) if counted else None,
+            tokens_per_second=round((reply.completion_tokens - 1) / writing, 2) if timed else None,
             machine=machine.chip(),
-            date=now(),
         )
-
-    def close(self) -> None:
-        """As `Maker`: the server keeps its own."""

@@ -62,11 +62,6 @@ class Parsed:
     whole: bool
     repairs: Counter[str]
 
-    @property
-    def elements(self) -> int:
-        """How many there are in it."""
-        return _count(self.root)
-
 
 def parse(text: str, start: int, stop: int) -> Parsed | None:
     """The <svg> that begins at `start`, up to its end tag, or else to `stop`. None if even its first tag is cut off.
@@ -273,7 +268,3 @@ def _write(element: Element, parts: list[str]) -> None:
 def _escaped(text: str, quoted: bool = False) -> str:
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\r", "&#13;")
     return text.replace('"', "&quot;").replace("\n", "&#10;").replace("\t", "&#9;") if quoted else text
-
-
-def _count(element: Element) -> int:
-    return 1 + sum(_count(child) for child in element.children if isinstance(child, Element))

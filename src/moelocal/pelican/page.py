@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
 
 from moelocal.pelican.gallery import Section
 from moelocal.pelican.vote import Standing
-
-if TYPE_CHECKING:
-    from jinja2 import Template
-
-_TEMPLATE: Final = Path(__file__).with_name("page.html.jinja")
 
 
 def page(
@@ -25,17 +18,17 @@ def page(
 ) -> str:
     """The page as HTML. What comes from models, prompts and files is escaped; pictures are data URIs of <img>, where a
     browser runs no script and loads nothing."""
-    return _template().render(
-        title=title, sections=sections, standings=standings, remarks=remarks, footer=footer
-    )
-
-
-@cache
-def _template() -> Template:
     # imported here: only a page needs it
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return environment.from_string(_TEMPLATE.read_text("utf-8"))
+    text = environment.get_template("page.html.jinja").render(
+        title=title, sections=sections, standings=standings, remarks=remarks, footer=footer
+    )
+    return text.replace("\0", "\ufffd")  # HTML has no NUL

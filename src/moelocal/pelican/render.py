@@ -25,25 +25,12 @@ _LETTER: Final = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><text y="9" font-family="{}">M</text></svg>'
 )
 _SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
+_SERIF: Final = "Times New Roman,Liberation Serif,DejaVu Serif,Noto Serif,DejaVu Sans,Noto Sans".split(",")
 _FAMILIES: Final = {
-    "font_family": (
-        "Times New Roman",
-        "Liberation Serif",
-        "DejaVu Serif",
-        "Noto Serif",
-        "DejaVu Sans",
-        "Noto Sans",
-    ),
-    "serif_family": (
-        "Times New Roman",
-        "Liberation Serif",
-        "DejaVu Serif",
-        "Noto Serif",
-        "DejaVu Sans",
-        "Noto Sans",
-    ),
-    "sans_serif_family": ("Helvetica", "Arial", "Liberation Sans", "DejaVu Sans", "Noto Sans"),
-    "monospace_family": ("Menlo", "Courier New", "Liberation Mono", "DejaVu Sans Mono", "Noto Sans Mono"),
+    "font_family": _SERIF,
+    "serif_family": _SERIF,
+    "sans_serif_family": ["Helvetica", "Arial", "Liberation Sans", "DejaVu Sans", "Noto Sans"],
+    "monospace_family": ["Menlo", "Courier New", "Liberation Mono", "DejaVu Sans Mono", "Noto Sans Mono"],
 }
 """What the generic names of CSS mean, the first that is on this machine: of a font that is not, resvg draws nothing."""
 
@@ -99,7 +86,7 @@ def dimensions(written: bytes) -> tuple[int, int]:
 
 
 def _drawn(svg: str, size: int, arguments: Mapping[str, object], seconds: float) -> bytes:
-    """Raises `Refused`; `RequestError` if the renderer itself does not run."""
+    """Raises `Refused`."""
     asked = json.dumps({"svg": svg, "size": size, "fonts": arguments}).encode()
     # -P: the folder of the file is not searched for modules
     command = [sys.executable, "-P", str(_RENDERER)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -81,6 +82,11 @@ class Shown:
             ) from None
 
     @property
+    def prompts(self) -> list[str]:
+        """Each once."""
+        return list(dict.fromkeys(answer.prompt for answer in self.answers))
+
+    @property
     def ballots(self) -> list[list[Answer]]:
         """Those of the vote, in their drawn order; none without one."""
         return [] if self.seed is None else vote.ballots(self.answers, self.seed)
@@ -90,9 +96,23 @@ class Shown:
         """The file of votes."""
         return Votes(self.folder / VOTES)
 
+    @property
+    def chosen(self) -> dict[int, str]:
+        """What was chosen, by the number of the ballot. Raises `RequestError`."""
+        return {each.ballot: each.chosen for each in self.votes.read() if each.round == self.round}
+
+    @property
+    def hidden(self) -> bool:
+        """Whether a ballot waits for its vote. Raises `RequestError`."""
+        return len(self.chosen) < len(self.ballots)
+
 
 def require_ours(folder: Path) -> None:
-    """Raises `RequestError` for a folder with a page or a sheet of something else."""
+    """Before hours of drawing: raises `RequestError` for a folder that cannot be written, or has a page or a sheet of
+    something else."""
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise RequestError(f"--to {folder}: cannot be written; name another folder")
     if os.path.lexists(folder / SHOWN):  # written before them
         return
     for name in (PAGE, SHEET):
@@ -103,95 +123,136 @@ def require_ours(folder: Path) -> None:
             )
 
 
-def write(shown: Shown, report: Callable[[], None] = lambda: None) -> list[Picture]:
-    """Draw all pictures, write the contact sheet and the page; returns the pictures, in the order of the answers.
-    `report` is called after each. Raises `RequestError`."""
-    pictures = {}
+def draw(shown: Shown, report: Callable[[], None] = lambda: None) -> list[Picture]:
+    """The pictures of the answers, in their order. `report` is called after each."""
+    pictures = []
     for answer in shown.answers:
-        pictures[answer.key] = picture(answer)
+        pictures.append(picture(answer))
         report()
-    votes = shown.votes.read()
-    prompts = list(dict.fromkeys(answer.prompt for answer in shown.answers))
-    title = prompts[0] if len(prompts) == 1 else f"{len(prompts)} prompts"
-    if shown.seed is None:
-        sections = list(_by_model(shown.answers, pictures, several=len(prompts) > 1))
-    else:
-        done = {each.ballot: each.chosen for each in votes if each.round == shown.round}
-        sections = _by_ballot(shown, pictures, done)
-    models = list(dict.fromkeys(answer.model for answer in shown.answers))
-    hidden = any(section.hidden for section in sections)
-    remarks = [f"{len(shown.answers)} answers of {len(models)} model{'s' if len(models) > 1 else ''}"]
-    if hidden:
+    return pictures
+
+
+def write_page(shown: Shown, pictures: Sequence[Picture]) -> Path:
+    """Write the page of what is shown. Raises `RequestError`."""
+    sections, footer = _sections(shown, pictures), _footer(shown)
+    remarks, standings = [f"{len(pictures)} answers of {_models(pictures)}"], list[vote.Standing]()
+    if shown.hidden:
+        command = how_to_vote(shown.folder.absolute().name)
         remarks.append(
-            f"Names are hidden. Vote with: moelocal pelican --to {shown.folder.name} --vote 1=A 2=none …; a ballot "
-            "shows its names when it has its vote."
+            f"Names are hidden. Vote with: {command}; a ballot shows its names when it has its vote."
         )
-    footer = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC" + ("" if hidden else f" · {shown.command}")
-    standings = [] if hidden else vote.tally(votes)
+    else:
+        standings = vote.tally(shown.votes.read())
+    file = shown.folder / PAGE
+    write_whole(file, page(_title(shown), sections, standings, remarks, footer).encode())
+    return file
+
+
+def write_sheet(shown: Shown, pictures: Sequence[Picture]) -> Path:
+    """Write the contact sheet of what is shown. Raises `RequestError`."""
+    file = shown.folder / SHEET
     try:
-        write_whole(shown.folder / SHEET, sheet(title, sections, footer))
+        write_whole(file, sheet(_title(shown), _sections(shown, pictures), _footer(shown)))
     except Refused as error:
-        raise RequestError(f"{shown.folder / SHEET}: {error}") from None
-    write_whole(shown.folder / PAGE, page(title, sections, standings, remarks, footer).encode())
-    return [pictures[answer.key] for answer in shown.answers]
+        raise RequestError(f"{file}: {error}") from None
+    return file
 
 
-def _by_model(answers: Sequence[Answer], pictures: dict[str, Picture], several: bool) -> Iterable[Section]:
-    groups = Counter((answer.prompt, answer.model) for answer in answers)
-    if several and max(groups.values()) == 1:
-        for model in dict.fromkeys(answer.model for answer in answers):
-            own = tuple(pictures[answer.key] for answer in answers if answer.model == model)
-            yield Section(model, summary(own)["words"], own, by_prompt=True)
+def how_to_vote(folder: str) -> str:
+    """The command."""
+    return f"moelocal pelican --to {shlex.quote(folder)} --vote 1=A 2=none …"
+
+
+def _title(shown: Shown) -> str:
+    return shown.prompts[0] if len(shown.prompts) == 1 else f"{len(shown.prompts)} prompts"
+
+
+def _models(pictures: Sequence[Picture]) -> str:
+    count = len({each.answer.model for each in pictures})
+    return f"{count} model{'s' if count > 1 else ''}"
+
+
+def _footer(shown: Shown) -> str:
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC" + ("" if shown.hidden else f" · {shown.command}")
+
+
+def _sections(shown: Shown, pictures: Sequence[Picture]) -> list[Section]:
+    several = len(shown.prompts) > 1
+    return list(_by_model(pictures, several) if shown.seed is None else _by_ballot(shown, pictures, several))
+
+
+def _by_model(pictures: Sequence[Picture], several: bool) -> Iterator[Section]:
+    """The pictures of a model stand together; of models with one picture each, those of a prompt."""
+    groups: dict[tuple[str, str], list[Picture]] = {}
+    for each in pictures:
+        groups.setdefault((each.answer.prompt, each.answer.model), []).append(each)
+    alone = {key: own[0] for key, own in groups.items() if len(own) == 1}
+    if several and len(alone) == len(groups):
+        for model in dict.fromkeys(model for _, model in groups):
+            own = tuple(picture for key, picture in alone.items() if key[1] == model)
+            yield Section(model, _words(own), own, "prompt")
         return
-    for prompt, model in groups:
-        own = tuple(pictures[a.key] for a in answers if (a.prompt, a.model) == (prompt, model))
-        yield Section(f"{model}: {prompt}" if several else model, summary(own)["words"], own)
+    for (prompt, model), listed in groups.items():
+        together = tuple(picture for key, picture in alone.items() if key[0] == prompt)
+        if len(listed) > 1 or len(together) == 1:
+            yield Section(f"{model}: {prompt}" if several else model, _words(listed), tuple(listed))
+        elif listed[0] is together[-1]:
+            title = f"{_models(together)}, one picture each"
+            yield Section(f"{title}: {prompt}" if several else title, _words(together), together, "model")
 
 
-def _by_ballot(shown: Shown, pictures: dict[str, Picture], done: dict[int, str]) -> list[Section]:
-    sections, on = [], set()
+def _by_ballot(shown: Shown, pictures: Sequence[Picture], several: bool) -> Iterator[Section]:
+    done = shown.chosen
+    by_key = {each.answer.key: each for each in pictures}
     ballots = shown.ballots
-    several = len({answer.prompt for answer in shown.answers}) > 1
     for number, ballot in enumerate(ballots, 1):
-        on |= {answer.key for answer in ballot}
         lettered = tuple(
-            replace(pictures[answer.key], letter=letter)
+            replace(by_key.pop(answer.key), letter=letter)
             for letter, answer in zip(ascii_uppercase, ballot, strict=False)
         )
         chosen = done.get(number, "")
-        words = f"voted: {chosen}" if chosen else "not voted yet"
         title = f"Ballot {number}" + (f": {ballot[0].prompt}" if several else "")
-        sections.append(Section(title, words, lettered, not chosen, chosen))
-    loose = [answer for answer in shown.answers if answer.key not in on]
-    if loose and len(done) == len(ballots):  # before, they would tell who draws how
-        sections += _by_model(loose, pictures, several=True)
-    return sections
+        words = f"voted: {chosen}" if chosen else "not voted yet"
+        yield Section(title, words, lettered, "model", not chosen, chosen)
+    if not shown.hidden:  # before, those without a counterpart would tell who draws how
+        yield from _by_model(list(by_key.values()), several)
 
 
 def summary(pictures: Sequence[Picture]) -> dict[str, Any]:
-    """Figures of the pictures of one model: counts by what became of them, how many differ, medians; and `words`."""
+    """Figures of the pictures of one model: how many were drawn (of them repaired), had nothing to draw, were refused;
+    how many differ; sums of tokens and seconds, the median of tokens/s."""
     answers = [each.answer for each in pictures]
-    states = [each.state for each in pictures]
-    different = len({each.drawn.svg for each in pictures if each.drawn})
+    states = Counter(each.state for each in pictures)
     tokens = [answer.tokens for answer in answers if answer.tokens is not None]
     seconds = [answer.seconds for answer in answers if answer.seconds is not None]
     rates = [answer.tokens_per_second for answer in answers if answer.tokens_per_second]
-    figures: dict[str, Any] = {
+    return {
         "model": answers[0].model,
         "source": answers[0].source,
         "origin": answers[0].origin if answers[0].source != "file" else "",
         "quantization": answers[0].quantization,
         "answers": len(answers),
-        **{state: states.count(state) for state in ("drawn", "repaired", "empty", "refused")},
-        "different": different,
+        "drawn": states["drawn"] + states["repaired"],
+        "repaired": states["repaired"],
+        "empty": states["empty"],
+        "refused": states["refused"],
+        "different": len({each.drawn.svg for each in pictures if each.drawn}),
         "tokens": sum(tokens) if tokens else None,
         "seconds": round(sum(seconds), 3) if seconds else None,
         "tokens_per_second": median(rates) if rates else None,
     }
-    words = [answers[0].quantization] if answers[0].quantization else []
-    words.append(f"{states.count('drawn') + states.count('repaired')} of {len(answers)} drawn")
-    if len(answers) > 1:
-        words.append(f"{different} different")
-    if rates:
-        words.append(f"{median(rates):.1f} tokens/s")
-    return {**figures, "words": " · ".join(words)}
+
+
+def _words(pictures: Sequence[Picture]) -> str:
+    """The summary in a few words; of several models only what they share."""
+    found = summary(pictures)
+    drawn, different = found["drawn"], found["different"]
+    words = [f"{drawn} of {len(pictures)} drawn"]
+    if len({each.answer.model for each in pictures}) == 1:
+        if found["quantization"]:
+            words.insert(0, found["quantization"])
+        if drawn > 1:
+            words.append("all the same picture" if different == 1 else f"{different} different")
+        if found["tokens_per_second"]:
+            words.append(f"{found['tokens_per_second']:.1f} tokens/s")
+    return " · ".join(words)

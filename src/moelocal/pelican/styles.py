@@ -103,7 +103,7 @@ def _without_at_rules(text: str, left_out: Counter[str]) -> str:
     return "".join(kept)
 
 
-def shortened(reference: str) -> str:
-    """A reference, short enough to be shown."""
-    reference = " ".join(reference.split())
-    return reference if len(reference) <= 60 else reference[:59] + "…"
+def shortened(text: str, most: int = 60) -> str:
+    """A text in one line of at most so many letters; its two ends tell the most."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - most // 3 - 1]}…{text[-(most // 3) :]}"

@@ -103,7 +103,11 @@ def _found(answer: str) -> tuple[Parsed, list[str]]:
     """The SVG to take, and what to say about the choice."""
     repairs = []
     if not START.search(answer) and re.search(r"&lt;(\w+:)?svg", answer, re.IGNORECASE):
-        answer, repairs = html.unescape(answer), ["its < and > were written as &lt; and &gt;"]
+        answer = html.unescape(answer)
+        repairs.append("its < and > were written as &lt; and &gt;")
+    if re.search(r'<svg[^<>]*=\\"', answer, re.IGNORECASE):
+        answer = re.sub(r'\\(["/n])', lambda found: "\n" if found[1] == "n" else found[1], answer)
+        repairs.append('its quotes were written as \\"')
     whole: list[tuple[int, Parsed]] = []
     cut: list[tuple[int, Parsed]] = []
     refused, at, tries, seen = None, 0, 0, 0
@@ -138,7 +142,7 @@ def _found(answer: str) -> tuple[Parsed, list[str]]:
         start, parsed = whole[-1]
         if len(whole) > 1:
             repairs.append(f"the answer holds {len(whole)} SVGs: the last one is shown")
-        if any(other > start and each.elements > 1 for other, each in cut):
+        if any(other > start and _shapes(each.root) for other, each in cut):
             repairs.append("a later SVG in the answer is cut off: the last whole one is shown")
         return parsed, repairs
     if cut:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,10 +57,7 @@ def ballots(answers: Sequence[Answer], seed: int) -> list[list[Answer]]:
     What has no counterpart is on none. Raises `RequestError` if there are not two models to compare.
     """
     models = list(dict.fromkeys(answer.model for answer in answers))
-    if len(models) < 2:
-        raise RequestError(
-            f"--blind compares models, got one: {models[0]}; name more with --model, --server or --svgs"
-        )
+    require_two(models)
     draw = random.Random(seed)
     found = []
     for prompt in dict.fromkeys(answer.prompt for answer in answers):
@@ -70,6 +68,14 @@ def ballots(answers: Sequence[Answer], seed: int) -> list[list[Answer]]:
                 draw.shuffle(ballot)
                 found.append(ballot)
     return found
+
+
+def require_two(models: Sequence[str]) -> None:
+    """Raises `RequestError` if there are not two models to compare."""
+    if len(models) < 2:
+        raise RequestError(
+            f"--blind compares models, got one: {models[0]}; name more with --model, --server or --svgs"
+        )
 
 
 def choices(words: Iterable[str], ballots: Sequence[Sequence[Answer]]) -> dict[int, str]:
@@ -130,12 +136,14 @@ class Votes:
     def _locked(self) -> Iterator[None]:
         """Two votes at once are written one after the other."""
         try:
-            lock = self.file.with_name(f".{self.file.name}.lock").open("w")
+            folder = os.open(self.file.parent, os.O_RDONLY)
         except OSError as error:
             raise RequestError(f"{self.file}: cannot be written: {error.strerror}") from None
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(folder)
 
     @staticmethod
     def _row(vote: Vote) -> list[str]:
