@@ -20,6 +20,7 @@ ORDER = (
         "errors",
         "units",
         "flags",
+        "whole",
         "machine",
         "config",
         "formats",

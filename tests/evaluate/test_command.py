@@ -211,15 +211,15 @@ def test_a_plot(tmp_path, kind, magic, routed):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def full(descriptor):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_plot_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from moelocal.evaluate import plot as module
 
-    def fails(self, file, **options):
-        Path(file).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module.Figure, "savefig", fails)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(RequestError) as caught:
         module.plot(QUALITY, tmp_path / "quality.png")
     assert str(caught.value) == f"{tmp_path / 'quality.png'}: cannot be written: No space left on device"
@@ -227,12 +227,8 @@ def test_a_plot_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_plot_that_fails_after_hours_takes_no_figures_with_it(pair, tmp_path, capsys, monkeypatch):
-    module = pytest.importorskip("matplotlib.figure")
-
-    def fails(self, file, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module.Figure, "savefig", fails)
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("os.fsync", full)
     file = tmp_path / "quality.png"
     given = (pair[0], "--reference", pair[1], "--tokens", 60, "--plot", file, "--json")
     assert call(*given) == 1

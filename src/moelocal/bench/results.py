@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +12,7 @@ from typing import Any, Final
 import moelocal
 from moelocal.bench.header import Header, Identity
 from moelocal.errors import ConfigError, RequestError
+from moelocal.whole import whole
 
 STOPPED: Final = "stopped early"
 """The remark of a figure that is of fewer runs than were asked for. Such a run is on no page."""
@@ -87,7 +87,6 @@ def append(folder: Path, rows: Iterable[Row]) -> Path:
     new = list(rows)
     (machine,) = {row.header.machine for row in new}
     file = folder / f"{machine}.tsv"
-    part = folder / f".{os.getpid()}.{machine}.tsv"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
@@ -97,14 +96,10 @@ def append(folder: Path, rows: Iterable[Row]) -> Path:
             _lines(old, file)
             text = old or "\t".join(COLUMNS) + "\n"
             text += "" if text.endswith("\n") else "\n"
-            with part.open("w") as stream:
-                stream.write(text + "".join("\t".join(_cells(row)) + "\n" for row in new))
-                stream.flush()
-                os.fsync(stream.fileno())
-            part.replace(file)
+            text += "".join("\t".join(_cells(row)) + "\n" for row in new)
+            with whole(file) as stream:
+                stream.write(text.encode())
         finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
             os.close(lock)
     except OSError as error:
         raise RequestError(f"{file}: results cannot be written: {error.strerror}") from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,8 @@ from typing import Any, Final
 
 import mlx.core as mx
 import numpy as np
+
+from moelocal.whole import whole
 
 DTYPES: Final = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "I32": mx.int32, "U32": mx.uint32,
                  "U16": mx.uint16, "U8": mx.uint8}  # fmt: skip
@@ -91,22 +92,10 @@ class Packed:
         return len(self.head) + sum(data.nbytes for data in self.data)
 
     def write(self, path: Path) -> None:
-        """Atomically, for the user alone: `path` is whole or as it was. The folder is not synchronized. Raises
-        OSError."""
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(descriptor, "wb", buffering=0) as stream:  # noqa: PTH123  # a descriptor is no path
-                for data in (memoryview(self.head), *self.data):
-                    rest = data.cast("B") if data.ndim == 1 else data.cast("B", (data.nbytes,))
-                    while rest.nbytes:
-                        rest = rest[stream.write(rest) :]
-                os.fsync(descriptor)
-            part.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            raise
+        """Atomically, for the user alone. The folder is not synchronized. Raises OSError."""
+        with whole(path, private=True) as stream:
+            for data in (memoryview(self.head), *self.data):
+                stream.write(data.cast("B") if data.ndim == 1 else data.cast("B", (data.nbytes,)))
 
 
 def _checksum(header: Mapping[str, Any]) -> int:

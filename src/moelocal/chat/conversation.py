@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moelocal.errors import RequestError
+from moelocal.whole import write_whole
 
 FORMAT = "moelocal-chat"
 VERSION = 1
@@ -53,7 +52,7 @@ def save(path: Path, conversation: Conversation, model: str) -> None:
         "system": conversation.system,
         "messages": conversation.messages,
     }
-    write_whole(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+    write_whole(path, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode(), private=True)
 
 
 def load(path: Path) -> tuple[Conversation, str]:
@@ -87,26 +86,6 @@ def load(path: Path) -> tuple[Conversation, str]:
         _expect(path, f"{where}.reasoning_content", message.get("reasoning_content", ""), str, "a string")
         _expect(path, f"{where}.tool_calls", message.get("tool_calls", []), list, "a list")
     return Conversation(content["system"], content["thinking"], content["messages"]), content["model"]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes `text` in UTF-8 beside `path` and moves it there. Raises RequestError where that fails."""
-    temporary = None
-    try:
-        # A link is followed, so that the file it names is replaced and not the link.
-        path = path.resolve()
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", newline="", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise RequestError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _expect(path: Path, where: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:

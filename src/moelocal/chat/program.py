@@ -17,6 +17,7 @@ from moelocal.chat.screen import Screen
 from moelocal.cost import record
 from moelocal.errors import MoelocalError, RequestError
 from moelocal.units import size
+from moelocal.whole import write_whole
 
 if TYPE_CHECKING:
     from moelocal.engine.completion import Completion
@@ -213,7 +214,7 @@ class Chat:
         svg = self.conversation.last_svg()
         if svg is None:
             raise RequestError("/svg: no answer holds a complete <svg>…</svg>")
-        files.write_whole(path, svg)
+        write_whole(path, svg.encode())
         return f"SVG written to {path}."
 
     def _stats(self, _: str) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from moelocal.errors import RequestError
+from moelocal.whole import whole
 
 _HEAD: Final = 1024
 """Bytes of a file of ours that hold its mark."""
@@ -34,21 +34,13 @@ def require_own(file: Path, mark: bytes, what: str) -> None:
 def writing(file: Path) -> Iterator[Callable[[str], None]]:
     """What is called with texts to write them. The file is there when all are written, or is what it was. Raises
     `RequestError`, also when called."""
-    part = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        with _errors_of(file):
-            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+    with _errors_of(file), whole(file, private=True) as stream:
 
-                def write(text: str) -> None:
-                    with _errors_of(file):
-                        stream.write(text)
+        def write(text: str) -> None:
+            with _errors_of(file):
+                stream.write(text.encode())
 
-                yield write
-            part.replace(file)
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        yield write
 
 
 @contextmanager

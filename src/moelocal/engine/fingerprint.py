@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from moelocal.engine.progress import late_bar
 from moelocal.errors import CheckpointError
 from moelocal.ops import choice
 from moelocal.ops.op import forced
+from moelocal.whole import whole
 
 FORMAT: Final = 3
 """Counts changes of what is stored, and of the arithmetic that leads there."""
@@ -190,14 +190,8 @@ def _remembered(stamp: Stamp) -> str | None:
 
 def _remember(stamp: Stamp, content: str) -> None:
     """A cache that cannot be written costs only that the file is read again."""
-    memo, part = _memo(stamp), None
+    memo = _memo(stamp)
     with contextlib.suppress(OSError):
-        try:
-            memo.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=memo.parent, suffix=".part", delete=False) as file:
-                part = Path(file.name)
-                json.dump(_fields(stamp) | {"sha256": content}, file)
-            part.replace(memo)
-        finally:
-            if part is not None:
-                part.unlink(missing_ok=True)
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        with whole(memo, private=True) as stream:
+            stream.write(json.dumps(_fields(stamp) | {"sha256": content}).encode())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from moelocal.errors import RequestError
+from moelocal.whole import write_whole
 
 
 def plain(name: str) -> str:
@@ -18,12 +17,6 @@ def plain(name: str) -> str:
 
 def save(figure: Figure, file: Path, dpi: int = 150) -> None:
     """Write `figure` to `file`, whose name says the format. Raises `RequestError` if it cannot be written."""
-    part = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        figure.savefig(part, dpi=dpi)
-        part.replace(file)
-    except OSError as error:
-        raise RequestError(f"{file}: cannot be written: {error.strerror}") from None
-    finally:
-        with suppress(OSError):  # where there is no folder any more
-            part.unlink(missing_ok=True)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=dpi, format=file.suffix[1:])
+    write_whole(file, drawn.getvalue())

@@ -21,6 +21,7 @@ from moelocal.config import read_json
 from moelocal.errors import ConfigError, ModelNotFound
 from moelocal.hub import transfer
 from moelocal.hub.transfer import Meter, check_space, writing
+from moelocal.whole import whole
 
 EMBEDDED: Final = Path(__file__).parent.parent / "embedded"
 """The small demonstration model that ships with the package."""
@@ -358,9 +359,8 @@ def _remember(repository: Repository) -> None:
     with suppress(ModelNotFound, OSError):  # a cache that cannot be written is still one that can be read
         if all(map(repository.cached, repository.weights(repository.snapshot))):
             ref.parent.mkdir(parents=True, exist_ok=True)
-            temporary = ref.with_name(f"{ref.name}.{os.getpid()}.writing")
-            temporary.write_text(repository.commit)
-            temporary.replace(ref)
+            with whole(ref) as stream:
+                stream.write(repository.commit.encode())
 
 
 def _point(pointer: Path, blob: Path) -> None:

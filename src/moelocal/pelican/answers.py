@@ -5,9 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moelocal.errors import RequestError
+from moelocal.whole import write_whole
 
 MOST_NBYTES: Final = 4 << 20
 """Of a file with somebody else's answer."""
@@ -93,7 +92,12 @@ class Answers:
 
     def keep(self, answer: Answer) -> None:
         """Write it down. Raises `RequestError` where that fails."""
-        write_whole(self._file(answer.key), json.dumps(asdict(answer), ensure_ascii=False, indent=1).encode())
+        file = self._file(answer.key)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"{file}: cannot be written: {error.strerror}") from None
+        write_whole(file, json.dumps(asdict(answer), ensure_ascii=False, indent=1).encode())
 
     def _file(self, wanted: str) -> Path:
         return self.folder / f"{wanted}.json"
@@ -146,22 +150,3 @@ def _decoded(content: bytes) -> str:
     elif re.match(rb"\s*<\?xml[^>]{0,80}encoding=.(iso-8859-1|windows-1252)\b", content, re.IGNORECASE):
         encoding = "windows-1252"  # holds all letters of the other
     return content.decode(encoding, "replace")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that the old one or the whole new one is there, whenever the machine stops. Raises
-    `RequestError`."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise RequestError(f"{path}: cannot be written: {error.strerror}") from None

@@ -16,12 +16,13 @@ from typing import Any, Final
 
 from moelocal.errors import RequestError
 from moelocal.pelican import vote
-from moelocal.pelican.answers import Answer, Answers, write_whole
+from moelocal.pelican.answers import Answer, Answers
 from moelocal.pelican.gallery import Picture, Section, picture
 from moelocal.pelican.markup import Refused
 from moelocal.pelican.page import page
 from moelocal.pelican.sheet import sheet
 from moelocal.pelican.vote import Votes
+from moelocal.whole import write_whole
 
 SHOWN: Final = "shown.json"
 VOTES: Final = "votes.tsv"

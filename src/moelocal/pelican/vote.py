@@ -15,7 +15,8 @@ from string import ascii_uppercase
 from typing import Final
 
 from moelocal.errors import RequestError
-from moelocal.pelican.answers import Answer, now, write_whole
+from moelocal.pelican.answers import Answer, now
+from moelocal.whole import write_whole
 
 COLUMNS: Final = ("date", "round", "ballot", "prompt", "models", "chosen")
 NONE: Final = "none"
