@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-from moelocal import hub
+from moelocal import flags, hub
 from moelocal.bench.header import command_line
 from moelocal.bench.server import Server
 from moelocal.errors import MoelocalError, RequestError
@@ -57,9 +57,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--no-thinking", action="store_true", help="answer without thinking first")
     how = parser.add_argument_group("how")
     how.add_argument("--to", type=Path, default=Path("pelicans"), metavar="FOLDER", help="default: pelicans")
-    how.add_argument("--quantization", default="auto", metavar="RECIPE", help="as for `moelocal chat`")
-    how.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the computation")
-    how.add_argument("--offline", action="store_true", help="use what is on this machine; download nothing")
+    flags.add(how, "--quantization", "--dtype", "--offline")
     how.add_argument("--json", action="store_true", help="one JSON object as the last line")
     voting = parser.add_argument_group("vote")
     voting.add_argument("--blind", nargs="?", type=int, const=-1, metavar="SEED", help=blind)
