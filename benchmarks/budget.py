@@ -175,6 +175,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="of the host timing, 0 for none; default: 30")
     parser.add_argument("--count", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
     parsed = parser.parse_args()
+    if not parsed.config.is_file():
+        parser.error(f"--config: no file {parsed.config}")
     raw = json.loads(parsed.config.read_text())
     # the step after the first has the shapes of a later one; every 256 positions one enlarges the caches: not that one
     context = max(parsed.context, 1) + (parsed.context > 0 and parsed.context % 256 == 0)

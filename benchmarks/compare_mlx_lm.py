@@ -43,6 +43,7 @@ from typing import Any
 from imports import import_seconds
 from rich.console import Console
 from rich.table import Table
+from sides import require_mlx_lm
 
 from moelocal.hub import resolve
 from moelocal.machine import most_resident
@@ -205,18 +206,27 @@ def run_fresh(side: str, folder: str) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main() -> int:
+    """0, or 1 after an error of ours, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object at the end")
     parser.add_argument("--model", metavar="FOLDER", help="a checkpoint; default: the embedded one")
     parser.add_argument("--rounds", type=int, default=5, help="of the decoding; default: 5")
     parser.add_argument("--fresh", choices=tuple(SIDES), help=argparse.SUPPRESS)
     parsed = parser.parse_args()
-    folder = parsed.model or str(resolve(None))
     if parsed.fresh:
-        print(json.dumps(run_fresh(parsed.fresh, folder)))
-        return
+        print(json.dumps(run_fresh(parsed.fresh, parsed.model)))
+        return 0
+    # here: what it imports would be in the memory of a fresh interpreter, mlx-lm's too
+    from moelocal.chat.command import exit_code
 
+    return exit_code(run, parsed)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Measure and tell. Raises what a user can cause as one of our errors."""
+    require_mlx_lm()
+    folder = str(resolve(parsed.model, offline=True))
     imports = import_seconds(("moelocal", "mlx_lm"), rounds=5)
     starts: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(3):
@@ -289,4 +299,4 @@ def show(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -67,6 +67,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return child(*args.child)
+    if not 0 <= args.layers <= 40:
+        parser.error(f"--layers: expected 0 to 40, got {args.layers}")
     sys.path.insert(0, str(ROOT / "tests"))
     found: dict[str, Any] = {}
     if args.layers:

@@ -42,8 +42,10 @@ import mlx.core as mx
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from sides import require_mlx_lm
 
 import moelocal
+from moelocal.chat.command import exit_code
 from moelocal.evaluate import evaluate
 from moelocal.formats import QuantizedArray, QuantSpec
 from moelocal.hub import resolve
@@ -177,7 +179,8 @@ def recipes_part(samples: int, chats: int, tokens: int) -> tuple[dict[str, Any],
     return {"bytes": quality.reference.nbytes, "accuracy": accuracy(source, samples)}, found
 
 
-def main() -> None:
+def main() -> int:
+    """0, or 1 after an error of ours, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -187,7 +190,12 @@ def main() -> None:
     )
     parser.add_argument("--calibration-tokens", type=int, default=32_768, metavar="N", help="default 32768")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    args = parser.parse_args()
+    return exit_code(run, parser.parse_args())
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and tell. Raises what a user can cause as one of our errors."""
+    require_mlx_lm()
     console = Console(width=110)
     reduction, cost = search_part()
     table = Table("format", "error against min/max", "ns per weight", title="search, heavy-tailed weights")
@@ -236,4 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
@@ -39,22 +40,44 @@ def exponent(x: Sequence[float], costs: Sequence[Sequence[float]]) -> Estimate:
 
 def decode_work(config: ModelConfig, context: float) -> float:
     """Multiply-adds of one token behind `context` others."""
-    return _matrices(config) + config.vocab * config.hidden + _mixing(config, context + 1)
+    every = range(len(config.layers))
+    return config.vocab * config.hidden + sum(sum(_layer(config, i, context + 1)) for i in every)
 
 
 def prefill_work(config: ModelConfig, tokens: int) -> float:
-    """Multiply-adds per token of a prompt: the head once, attention over what is before each token."""
-    return _matrices(config) + config.vocab * config.hidden / tokens + _mixing(config, (tokens + 1) / 2)
+    """Multiply-adds per token of a prompt: attention over what is before each token; the head once, for the last token,
+    and so all of the last layer that no other token is read for: only its keys and values, or its state, are kept."""
+    last = len(config.layers) - 1
+    every = sum(sum(_layer(config, i, (tokens + 1) / 2)) for i in range(last))
+    return (
+        every
+        + _layer(config, last, 0)[0]
+        + (_layer(config, last, tokens)[1] + config.vocab * config.hidden) / tokens
+    )
 
 
-def _matrices(config: ModelConfig) -> float:
-    """Of the layers' matrices."""
-    total = 0.0
+_STORED: Final = ("k_proj", "v_proj", "in_proj_qkv", "in_proj_a", "in_proj_b", "conv1d")
+"""Matrices of a layer that its cache needs."""
+
+
+def _layer(config: ModelConfig, index: int, seen: float) -> tuple[float, float]:
+    """Multiply-adds of a layer for one token that attends over `seen` positions: what its cache needs, and the rest."""
+    layer = config.layers[index]
+    stored = rest = 0.0
     for name, shape in shapes_of(config).items():
-        if name.startswith("layers.") and len(shape) > 1:
-            layer = config.layers[int(name.split(".")[1])]
-            total += math.prod(shape) * _share(layer, name)
-    return total
+        if name.startswith(f"layers.{index}.") and len(shape) > 1:
+            work = math.prod(shape) * _share(layer, name)
+            if name.split(".")[-2] in _STORED:
+                stored += work
+            else:
+                rest += work
+    mixer = layer.mixer
+    if isinstance(mixer, AttentionSpec):
+        rest += 2 * mixer.heads * mixer.head_dim * seen  # scores and sums
+    else:  # the states: decay, what they hold for a key, update; query
+        state = mixer.value_heads * mixer.value_dim * mixer.key_dim
+        stored, rest = stored + 3 * state, rest + state
+    return stored, rest
 
 
 def _share(layer: LayerSpec, name: str) -> float:
@@ -63,15 +86,3 @@ def _share(layer: LayerSpec, name: str) -> float:
         return 1.0
     assert not isinstance(layer.mlp, DenseSpec)
     return layer.mlp.per_token / layer.mlp.experts
-
-
-def _mixing(config: ModelConfig, seen: float) -> float:
-    """Of attention over `seen` positions, and of the states: decay, what they hold for a key, update, query."""
-    total = 0.0
-    for layer in config.layers:
-        mixer = layer.mixer
-        if isinstance(mixer, AttentionSpec):
-            total += 2 * mixer.heads * mixer.head_dim * seen
-        else:
-            total += 4 * mixer.value_heads * mixer.value_dim * mixer.key_dim
-    return total

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 ROUNDS = 7
 
@@ -33,6 +34,9 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", default=["moelocal", "mlx.core"], metavar="MODULE")
     parser.add_argument("--json", action="store_true")
     parsed = parser.parse_args()
+    for module in parsed.modules:
+        if find_spec(module.partition(".")[0]) is None:
+            parser.error(f"no module {module} here")
     found = import_seconds(parsed.modules)
     for module, seconds in found.items():
         print(f"{module:<20} {seconds:.3f} s")

@@ -1,6 +1,6 @@
 """How cost grows with context, experts and layers: moelocal beside mlx-lm on random checkpoints.
 
-    python benchmarks/scale.py [--quick] [--minutes N] [--json]       # at most 15 minutes on two cores, or about 4
+    python benchmarks/scale.py [--quick] [--minutes N] [--json]       # about 20 minutes on two cores, or 4
     python benchmarks/scale.py --slice [--minutes N] [--json]         # 4 layers in the flagship's shape, 2.5 GB
     python benchmarks/scale.py --redraw                               # pictures of the last run in the results
 
@@ -13,8 +13,11 @@ another number of experts or layers. What a run does, and why both do the same w
 - Exponents are slopes of log seconds per token over log context, experts or layers, with 95 % intervals. Beside them
   stands that of the work, multiply-adds counted from the config (benchmarks/growth.py). Cost grows faster than the work
   where the interval of the excess, the exponent of cost over work, lies above 0.
-- Memory: the most that MLX held in a run; the most that the process had resident, in the first round, in which contexts
-  grow. NumPy's memory, which our prompt reading uses on the CPU, is in the second alone.
+- Memory: the most that MLX held in a run; the most that the process had resident, with contexts that grow. Both in the
+  first round: one run a point, so contexts go on up to --memory where rounds end at --longest. NumPy's memory, which
+  our prompt reading uses on the CPU, is in the second alone.
+
+How long all of it will take is said when the first point was measured (benchmarks/forecast.py).
 
 Rows are added to benchmarks/results/<machine>.tsv and pictures drawn to docs/images, unless --quick; --results and
 --images name other folders, also then. On a busy machine the seconds are noise; ratios suffer less.
@@ -32,7 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -40,11 +43,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import synthetic
+from forecast import LEAST_ROUNDS, MOST_ROUNDS, Axis, Forecast, Point
 from growth import decode_work, exponent, prefill_work
-from rich.console import Console
-from rich.progress import Progress
 from scale_report import FIGURES, draw, last_run, show, summary
-from sides import PROGRAMS, Run, Side
+from sides import PROGRAMS, Run, Side, require_mlx_lm
 
 from moelocal import machine
 from moelocal.bench import results
@@ -62,43 +64,16 @@ OURS, THEIRS = PROGRAMS
 WARM_UP: Final = (48, 4)
 """Prompt and tokens of a first run, which compiles; rounds begin after it."""
 
-LEAST_ROUNDS, MOST_ROUNDS = 3, 12
 
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A checkpoint and a length. `x` is what the axis is about."""
-
-    x: int
-    changes: dict[str, int]
-    context: int
-
-    @property
-    def key(self) -> tuple[tuple[str, int], ...]:
-        """Of the checkpoint."""
-        return tuple(self.changes.items())
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """Points that differ in one thing. `decode`: tokens; `share` of the time."""
-
-    name: str
-    shape: str
-    points: tuple[Point, ...]
-    decode: int
-    share: float
-
-
-def axes_of(quick: bool, longest: int) -> list[Axis]:
-    """The default run, or one with fewer and shorter points."""
-    contexts = [length for length in (256 << i for i in range(16)) if length <= longest]
+def axes_of(quick: bool, longest: int, memory: int) -> list[Axis]:
+    """The default run, or one with fewer and shorter points. Contexts behind `longest` up to `memory` are run once."""
+    contexts = [length for length in (256 << i for i in range(16)) if length <= max(longest, memory)]
     experts = (16, 64, 256) if quick else (16, 32, 64, 128, 256, 512)
     layers = (4, 8, 12) if quick else (4, 8, 16, 24)
     length = 256 if quick else 512
     base = {"layers": 4, "experts": 64}
     return [
-        Axis("context", "small", tuple(Point(n, base, n) for n in contexts), 32, 0.5),
+        Axis("context", "small", tuple(Point(n, base, n, once=n > longest) for n in contexts), 32, 0.5),
         Axis("experts", "small", tuple(Point(n, base | {"experts": n}, length) for n in experts), 48, 0.25),
         Axis("layers", "small", tuple(Point(n, base | {"layers": n}, length) for n in layers), 32, 0.25),
     ]
@@ -117,10 +92,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="fewer points, about 4 minutes, nothing noted")
     parser.add_argument("--longest", type=int, metavar="N", help="context; default 8192, with --quick 4096")
+    parser.add_argument(
+        "--memory",
+        type=int,
+        metavar="N",
+        help="longest context of a single run; default 4 x --longest, with --quick none; 0: none",
+    )
     parser.add_argument("--slice", action="store_true", help="the flagship's shape instead of growing axes")
     parser.add_argument("--layers", type=int, default=4, help="of the slice; default 4")
     parser.add_argument(
-        "--minutes", type=float, help="of measuring; default 12, with --quick 3, with --slice 8"
+        "--minutes", type=_minutes, metavar="N", help="of rounds; default 12, with --quick 3, with --slice 8"
     )
     parser.add_argument(
         "--work", type=Path, help="folder for the checkpoints, kept; default: one that is removed"
@@ -130,6 +111,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--redraw", action="store_true", help="measure nothing: draw the last run again")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return exit_code(run, parser.parse_args(arguments))
+
+
+def _minutes(text: str) -> float:
+    """More than none, and no more than a day."""
+    with suppress(ValueError):
+        if 0 < float(text) <= 1440:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected minutes, up to 1440, got {text!r}")
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -147,14 +136,17 @@ def run(parsed: argparse.Namespace) -> None:
         raise RequestError(
             f"--layers: expected at least 4, one of them attention (mlx-lm needs it), got {parsed.layers}"
         )
-    if find_spec("mlx_lm") is None:
-        raise RequestError(f"mlx-lm is not installed here: {sys.executable} -m pip install 'mlx-lm==0.32.2'")
-    axes = slice_of(parsed.layers) if parsed.slice else axes_of(parsed.quick, longest)
+    require_mlx_lm()
+    if images is not None and find_spec("matplotlib") is None:
+        raise RequestError(f"matplotlib is not installed here: {sys.executable} -m pip install matplotlib")
+    memory = longest * (1 if parsed.quick else 4) if parsed.memory is None else parsed.memory
+    axes = slice_of(parsed.layers) if parsed.slice else axes_of(parsed.quick, longest, memory)
     minutes = parsed.minutes or (8.0 if parsed.slice else 3.0 if parsed.quick else 12.0)
     header = Header.now(command_line())
     with ExitStack() as stack:
         work = parsed.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moelocal-scale-")))
-        measured = [measure(axis, work, 60 * minutes * axis.share) for axis in axes]
+        forecast = stack.enter_context(Forecast(axes, 60 * minutes))
+        measured = [measure(axis, work, forecast) for axis in axes]
     rows = [row for each in measured for row in each.rows(header)]
     if noted is not None:
         results.append(noted, rows)
@@ -193,10 +185,15 @@ class Measured:
             ours, theirs = (self.runs[point.x, program] for program in PROGRAMS)
             same = [a == b for pair in zip(ours, theirs, strict=True)
                     for a, b in zip(*(run.chosen for run in pair), strict=True)]  # fmt: skip
-            for figure in FIGURES:
+            for figure in () if point.once else FIGURES:
                 sides = {program: self.rates(point.x, program, figure) for program in PROGRAMS}
-                for program, found in sides.items():
-                    yield _row(*facts, names[program], where, figure, "tokens/s", found)
+                for program, rates in sides.items():
+                    found = Figure.of(rates)
+                    assert found is not None
+                    yield Row(
+                        *facts, names[program], where, figure, "tokens/s", found.value, found.low, found.high,
+                        found.count,
+                    )  # fmt: skip
                 value = paired(
                     [ours / theirs for ours, theirs in zip(sides[OURS], sides[THEIRS], strict=True)]
                 )
@@ -207,11 +204,9 @@ class Measured:
                 work = self.work(point, figure)
                 yield Row(*facts, "work", where, f"{figure} work", "multiply-adds/token", work)
             for program in PROGRAMS:
-                runs = self.runs[point.x, program]
-                most = [float(run.mlx_nbytes) for run in runs]
-                yield _row(*facts, names[program], where, "MLX memory", "bytes", most)
-                resident = [float(runs[0].resident_nbytes)]
-                yield _row(*facts, names[program], where, "resident memory", "bytes", resident)
+                first = self.runs[point.x, program][0]
+                yield Row(*facts, names[program], where, "MLX memory", "bytes", first.mlx_nbytes)
+                yield Row(*facts, names[program], where, "resident memory", "bytes", first.resident_nbytes)
         if self.axis.name == "slice":
             return
         model = self.identities[self.axis.points[0].key] if len(self.identities) == 1 else None
@@ -240,7 +235,7 @@ class Measured:
         figure: str,
         excess: bool = False,
     ) -> Row:
-        points = self.axis.points
+        points = self.axis.timed
         x = [float(point.x) for point in points]
         works = [self.work(point, figure) for point in points]
         if program == "work":
@@ -255,30 +250,21 @@ class Measured:
         return Row(*facts, name, where, what, "exponent", value.value, value.low, value.high, count)
 
 
-def _row(
-    header: Header, model: Identity | None, benchmark: str, program: str, where: str, name: str, unit: str,
-    found: Sequence[float],
-) -> Row:  # fmt: skip
-    figure = Figure.of(found)
-    assert figure is not None
-    low, high = (figure.low, figure.high) if figure.count > 1 else (None, None)
-    return Row(header, model, benchmark, program, where, name, unit, figure.value, low, high, figure.count)
-
-
-def measure(axis: Axis, work: Path, seconds: float) -> Measured:
-    """Write the checkpoints of an axis, load both programs on each, and take turns for `seconds`."""
+def measure(axis: Axis, work: Path, forecast: Forecast) -> Measured:
+    """Write the checkpoints of an axis, load both programs on each, and take turns while its time lasts."""
     configs, identities, runs = (
         {},
         {},
         {(point.x, program): list[Run]() for point in axis.points for program in PROGRAMS},
     )
-    with ExitStack() as stack, _bar(axis) as advance:
+    with ExitStack() as stack:
         sides: dict[Any, dict[str, Side]] = {}
         for point in axis.points:
             if point.key in sides:
                 continue
             raw = synthetic.shape(axis.shape, point.changes)
             name = f"{axis.shape} {' '.join(f'{flag}={n}' for flag, n in point.changes.items())}"
+            forecast.say(f"{name}: writing and loading")
             written = synthetic.write(raw, work / name.replace(" ", "-"), synthetic.recipe_of(None))
             _check_memory(axis, written)
             configs[point.key] = ModelConfig.parse(raw)
@@ -286,22 +272,30 @@ def measure(axis: Axis, work: Path, seconds: float) -> Measured:
             sides[point.key] = {p: stack.enter_context(Side(p, written.folder)) for p in PROGRAMS}
             for side in sides[point.key].values():
                 side.run(*WARM_UP, seed=0)
-        order, began = random.Random(0), time.monotonic()
-        points, longest = list(axis.points), 0.0
-        for turn in range(MOST_ROUNDS):
-            started = time.monotonic()
-            if turn >= LEAST_ROUNDS and started - began + longest > seconds:
-                break
+
+        def take(points: Sequence[Point], turn: int) -> float:
+            """One run of each program at each point; the seconds that it took."""
+            begin = time.monotonic()
             for number, point in enumerate(points):
-                both = PROGRAMS if (turn + number) % 2 else PROGRAMS[::-1]
-                for program in both:
-                    seed = 1000 * turn + point.x
-                    runs[point.x, program].append(
-                        sides[point.key][program].run(point.context, axis.decode, seed)
-                    )
-                    advance(f"{axis.name} {point.x:,}, round {turn + 1}")
-            longest = max(longest, time.monotonic() - started)
-            order.shuffle(points)  # the first round goes upwards, for the resident set
+                for program in PROGRAMS if (turn + number) % 2 else PROGRAMS[::-1]:
+                    forecast.say(f"{axis.name} {point.x:,}, round {turn + 1}: {program}")
+                    found = sides[point.key][program].run(point.context, axis.decode, 1000 * turn + point.x)
+                    runs[point.x, program].append(found)
+                forecast.learn(
+                    {program: runs[point.x, program][0] for program in PROGRAMS}, configs[point.key]
+                )
+            return time.monotonic() - begin
+
+        # the first round goes upwards, for the resident set
+        spent = longest = take(axis.timed, 0)
+        take([point for point in axis.points if point.once], 0)
+        order, points = random.Random(0), list(axis.timed)
+        for turn in range(1, MOST_ROUNDS):
+            if turn >= LEAST_ROUNDS and spent + longest > forecast.seconds(axis):
+                break
+            order.shuffle(points)
+            seconds = take(points, turn)
+            spent, longest = spent + seconds, max(longest, seconds)
     return Measured(axis, configs, identities, runs)
 
 
@@ -314,15 +308,6 @@ def _check_memory(axis: Axis, written: synthetic.Written) -> None:
             f"--layers: two programs with {size(written.nbytes)} of weights each need about {size(needed)}, "
             f"this machine has {size(total)}; take fewer layers"
         )
-
-
-@contextmanager
-def _bar(axis: Axis) -> Iterator[Any]:
-    """What is being measured, on a terminal."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"{axis.name}: writing and loading", total=None)
-        yield lambda text: bar.update(task, description=text)
 
 
 if __name__ == "__main__":

@@ -153,8 +153,8 @@ class Curve:
 def plot(
     file: Path, title: str, x_label: str, panels: Mapping[str, Sequence[Curve]], linear: bool = False
 ) -> None:
-    """Draw one panel per entry (its key says what y is), both axes logarithmic unless `linear`. Raises `RequestError`
-    if the file cannot be written."""
+    """Draw one panel per entry (its key says what y is), both axes logarithmic, y not if `linear`. Raises
+    `RequestError` if the file cannot be written."""
     # here: a run without pictures needs no matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator
@@ -169,15 +169,16 @@ def plot(
             line = axes.plot(curve.x, curve.y, markersize=4, label=curve.label, **style)[0]
             if not curve.dashed:
                 axes.fill_between(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.2)
+        axes.set_xscale("log")
+        ticks = sorted({x for curve in curves for x in curve.x})
+        axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks], fontsize=7)
         if not linear:
-            axes.set(xscale="log", yscale="log")
-            ticks = sorted({x for curve in curves for x in curve.x})
-            axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks], fontsize=7)
+            axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.minorticks_off()
         else:
             axes.set_ylim(bottom=0)
+        axes.minorticks_off()
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)

@@ -1,5 +1,7 @@
 """One program on one checkpoint, in a process of its own, that measures what it is told to: moelocal or mlx-lm.
 
+    python benchmarks/sides.py moelocal|mlx-lm FOLDER       # benchmarks/scale.py starts it; by hand, type such lines
+
 The parent writes a line of JSON per run on standard input, `{"prompt": N, "decode": M, "seed": S}`, and reads a line of
 JSON back. Both programs read the same N random tokens on an empty cache and then decode as their own loops do: the step
 for the next token is queued before the last one is read, and the next token depends on the logits. Which token that is,
@@ -12,6 +14,7 @@ after loading, as its user would have to. Prompts are evaluated in each program'
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import resource
@@ -22,10 +25,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 PROGRAMS: Final = ("moelocal", "mlx-lm")
+MLX_LM: Final = "mlx-lm==0.32.2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,14 @@ class Side:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def require_mlx_lm() -> None:
+    """Raises `RequestError` with the one command that installs it, as the extra `compare` does."""
+    from moelocal.errors import RequestError
+
+    if find_spec("mlx_lm") is None:
+        raise RequestError(f"mlx-lm is not installed here: {sys.executable} -m pip install '{MLX_LM}'")
 
 
 # inside the process
@@ -224,14 +237,20 @@ def most_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-def main(program: str, folder: str) -> None:
+def main() -> None:
     """Load, say so, and answer every line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("program", choices=PROGRAMS)
+    parser.add_argument("folder", metavar="FOLDER", help="of the checkpoint")
+    parsed = parser.parse_args()
     begin = time.perf_counter()
-    side = Ours(folder) if program == PROGRAMS[0] else Theirs(folder)
+    side = Ours(parsed.folder) if parsed.program == PROGRAMS[0] else Theirs(parsed.folder)
     print(json.dumps({"load_seconds": time.perf_counter() - begin}), flush=True)
     for line in sys.stdin:
         print(json.dumps(measure(side, **json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -3,9 +3,10 @@
     python benchmarks/tables.py            # writes them
     python benchmarks/tables.py --check    # exits with 1 where a page differs from the results, and says which
 
-A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; what is between is replaced. Each is of the
-last run that has its figures, one table per machine (and model), and names machine, date, versions and command. Names:
-`speed`, `scale-slice`, `scale-context`, `scale-experts`, `scale-layers`, `scale-exponents`, `scale-memory`.
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; what is between is replaced. It is of the
+last complete run that has its figures, per machine (and model), Macs first, with machine, date, versions and command.
+Names: `speed`, `scale-slice`, `scale-context`, `scale-experts`, `scale-layers`, `scale-exponents`, `scale-memory`,
+`unpacking`, `cost`. Each has a place on some page.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Final
 from scale_report import FIGURES, pairs
 
 from moelocal.bench import results
-from moelocal.bench.results import Row
+from moelocal.bench.header import Header
+from moelocal.bench.results import STOPPED, Row
 from moelocal.chat.command import exit_code
 from moelocal.errors import ConfigError, RequestError
 from moelocal.units import size
@@ -44,10 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(parsed: argparse.Namespace) -> None:
     """Write, or check. Raises `RequestError` for a page that differs, `ConfigError` for a broken one."""
-    rows = [row for file in sorted(parsed.results.glob("*.tsv")) for row in results.read(file)]
-    different = []
+    rows = rows_of(parsed.results)
+    different, seen = [], set[str]()
     for page in pages(parsed.pages):
         text = page.read_text(encoding="utf-8")
+        seen.update(BEGIN.findall(text))
         new = filled(text, rows, str(page.relative_to(parsed.pages)))
         if new != text:
             different.append(str(page.relative_to(parsed.pages)))
@@ -55,6 +58,11 @@ def run(parsed: argparse.Namespace) -> None:
                 part = page.with_name(f".{os.getpid()}.{page.name}")
                 part.write_text(new, encoding="utf-8")
                 part.replace(page)
+    if missing := [name for name in TABLES if name not in seen]:
+        raise ConfigError(
+            f"no page has the table {missing[0]}; write {_marker(missing[0])} and {END} where it belongs, each on a "
+            "line of its own, and run python benchmarks/tables.py"
+        )
     if parsed.check and different:
         raise RequestError(
             f"{', '.join(different)}: tables differ from {parsed.results}; run python benchmarks/tables.py"
@@ -68,10 +76,27 @@ def pages(root: Path) -> list[Path]:
     return [page for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))) if page.exists()]
 
 
+def rows_of(folder: Path) -> list[Row]:
+    """Of all files in a folder of results. Raises `ConfigError` for a file that is none, or is another machine's."""
+    found = []
+    for file in sorted(folder.iterdir()):
+        if file.name.startswith(".") or file.suffix == ".png":
+            continue
+        if file.suffix != ".tsv":
+            raise ConfigError(f"{file}: expected results (MACHINE.tsv) and plots (.png) here; move it away")
+        rows = results.read(file)
+        for other in {row.header.machine for row in rows} - {file.stem}:
+            raise ConfigError(
+                f"{file}: holds figures of {other}; move these lines to {other}.tsv, or the file away"
+            )
+        found += rows
+    return found
+
+
 def filled(text: str, rows: Sequence[Row], where: str = "page") -> str:
-    """A page with its tables made from `rows`. Raises `ConfigError` for a marker that is not closed, names no table, or
-    has no rows to make one from."""
-    parts, position = [], 0
+    """A page with its tables made from `rows`. Raises `ConfigError` for a marker that has no other one, names no table,
+    or has no rows to make one from; and for lines of a table outside of markers."""
+    parts, outside, position = [], [], 0
     for begin in BEGIN.finditer(text):
         if begin.start() < position:
             raise ConfigError(f"{where}: table {begin[1]}: begins before the one in front of it ends")
@@ -80,38 +105,64 @@ def filled(text: str, rows: Sequence[Row], where: str = "page") -> str:
             raise ConfigError(f"{where}: table {begin[1]}: expected {END} behind it")
         if begin[1] not in TABLES:
             raise ConfigError(f"{where}: no table {begin[1]!r}; expected one of {', '.join(TABLES)}")
-        wanted, table = TABLES[begin[1]]
-        found = ["\n".join(table(run)) for run in _runs(rows, wanted)]
+        found = made(begin[1], rows)
         if not found:
             raise ConfigError(f"{where}: table {begin[1]}: no file of results has figures for it")
-        parts += [text[position : begin.end()], "\n", "\n\n".join(found), "\n"]
+        outside.append(text[position : begin.start()])
+        parts += [text[position : begin.end()], "\n", found, "\n"]
         position = end
+    outside.append(text[position:])
+    generated = {line: name for name in TABLES for line in made(name, rows).splitlines() if "--:" not in line}
+    for line in "".join(outside).replace(END, "", len(outside) - 1).splitlines():
+        if line == END or (line and line in generated):
+            name = generated.get(line, "NAME")
+            raise ConfigError(
+                f"{where}: expected {_marker(name)} in front of a table and {END} behind it; one of them is missing "
+                f"around: {line[:60]}"
+            )
     return "".join((*parts, text[position:]))
+
+
+def made(name: str, rows: Sequence[Row]) -> str:
+    """A table as often as there are machines (and models) with figures for it; with headings if these are several."""
+    wanted, table = TABLES[name]
+    found = list(_runs(rows, wanted))
+    parts = []
+    for run in found:
+        model = run[0].model.name if run[0].benchmark == "speed" and run[0].model else ""
+        title = f"**{', '.join(filter(None, (_machine(run[0].header), model)))}**"
+        parts.append("\n".join((*((title, "") if len(found) > 1 else ()), *table(run))))
+    return "\n\n".join(parts)
+
+
+def _marker(name: str) -> str:
+    return f"<!-- table: {name} -->"
 
 
 # the tables
 
 
 ROUNDS: Final = 3
-"""A run of fewer was cut short, or is somebody's trial: it is on no page."""
+"""A run of fewer is somebody's trial: it is on no page."""
 
 
 def _runs(rows: Sequence[Row], wanted: Callable[[Row], bool]) -> Iterator[list[Row]]:
-    """For each machine, and what was measured there, the rows of the last run that has what is wanted."""
+    """For each machine, and what was measured there, the rows of the last complete run that has what is wanted."""
     runs: dict[tuple[str, str], list[Row]] = {}
-    trials = {
+    partial = {
         (row.header.machine, row.header.date)
         for row in rows
-        if row.benchmark == "speed" and row.figure == "decode" and row.count < ROUNDS
+        if STOPPED in row.remark or (row.figure == "decode" and row.count < ROUNDS)
     }
     for row in rows:
-        if wanted(row) and (row.header.machine, row.header.date) not in trials:
+        if wanted(row) and (row.header.machine, row.header.date) not in partial:
             runs.setdefault((row.header.machine, row.header.date), []).append(row)
-    last: dict[tuple[str, str], list[Row]] = {}
+    last: dict[tuple[bool, str, str], list[Row]] = {}
     for (machine, _), found in sorted(runs.items()):
         # growing axes have many checkpoints, and are one measurement whatever these are
         model = next((row.model.name for row in found if row.model is not None), "")
-        last[machine, model if found[0].benchmark == "speed" else ""] = found
+        other = not found[0].header.system.startswith("macOS")
+        last[other, machine, model if found[0].benchmark == "speed" else ""] = found
     yield from (last[key] for key in sorted(last))
 
 
@@ -121,9 +172,13 @@ def _source(rows: Sequence[Row]) -> str:
     found = dict.fromkeys(row.program for row in rows if " : " not in row.program and row.program != "work")
     programs = [f"moelocal {head.moelocal}" if each == "moelocal" else each for each in found]
     return (
-        f"{head.chip}, {head.cores} cores, {head.memory / 2**30:.0f} GB, {head.system.split(',')[0]}, MLX {head.mlx} "
-        f"on {head.device}; {head.date[:10]}; {', '.join(programs)}: `{head.command}`"
+        f"{_machine(head)}, {head.system.split(',')[0]}, MLX {head.mlx} on {head.device}; {head.date[:10]}; "
+        f"{', '.join(programs)}: `{head.command}`"
     )
+
+
+def _machine(head: Header) -> str:
+    return f"{head.chip}, {head.cores} cores, {head.memory / 2**30:.0f} GB"
 
 
 def _table(*columns: str) -> list[str]:
@@ -152,10 +207,14 @@ def _scale(found: Sequence[Row]) -> Iterator[str]:
     first = "tokens of context" if axis in ("context", "slice") else axis
     sides = ("moelocal", "mlx-lm", "ratio (95 %)")
     heads = [f"{figure}, {side}" for figure in FIGURES for side in sides]
+    weights = {
+        row.settings[axis]: size(row.model.nbytes) for row in found if axis in row.settings and row.model
+    }
+    weights = weights if axis in ("experts", "layers") else {}
     if axis == "slice":  # a memory of its own: that of `small` says little about it
         heads += [f"resident memory, {side}" for side in sides[:2]]
-    yield from _table(first, *heads)
-    cells: dict[str, list[str]] = {}
+    yield from _table(first, *(["weights"] if weights else []), *heads)
+    cells: dict[str, list[str]] = {x: [each] for x, each in weights.items()}
     for x, figure, ours, theirs, ratio in pairs(found):
         if figure in FIGURES:
             assert ratio is not None
@@ -165,7 +224,9 @@ def _scale(found: Sequence[Row]) -> Iterator[str]:
     for x, each in cells.items():
         yield _line((f"{int(x):,}", *each))
     yield ""
-    yield f"{_same(found)} {_source(found)}."
+    model = found[0].model
+    about = f" {model.name}, {model.quantization}, {size(model.nbytes)}." if model and not weights else ""
+    yield f"{_same(found)}{about} {_source(found)}."
 
 
 def _same(rows: Sequence[Row]) -> str:
@@ -190,7 +251,13 @@ def _exponents(found: Sequence[Row]) -> Iterator[str]:
             for program in ("moelocal", "mlx-lm"):
                 cells += [by[program, f"{figure} cost"], by[program, f"{figure} excess"]]
             yield _line((f"{figure}, {axis}", *cells))
+    faster = [
+        f"{row.figure.removesuffix(' excess')} over {row.settings['axis']} ({row.program.split()[0]})"
+        for row in found
+        if row.figure.endswith(" excess") and row.low is not None and row.low > 0
+    ]
     yield ""
+    yield f"Grows faster than its work: {', '.join(faster) or 'nothing, as far as these points show'}."
     yield f"Slopes of logarithms with 95 % intervals. {_source(found)}."
 
 
@@ -198,11 +265,13 @@ def _memory(found: Sequence[Row]) -> Iterator[str]:
     """The most memory by context."""
     names = ("MLX memory", "resident memory")
     heads = [f"{name}, {side}" for name in names for side in ("moelocal", "mlx-lm")]
-    yield from _table("tokens of context", *heads)
+    yield from _table("tokens of context", "runs", *heads)
     cells: dict[str, list[str]] = {}
     for x, figure, ours, theirs, _ in pairs(found):
         if figure in names:
-            cells.setdefault(x, []).extend(f"{row.value / 1e6:,.0f} MB" for row in (ours, theirs))
+            cells.setdefault(x, [str(ours.count)]).extend(
+                f"{row.value / 1e6:,.0f} MB" for row in (ours, theirs)
+            )
     for x, each in cells.items():
         yield _line((f"{int(x):,}", *each))
     yield ""
@@ -239,8 +308,35 @@ def _speed(found: Sequence[Row]) -> Iterator[str]:
     )
 
 
+def _unpacking(found: Sequence[Row]) -> Iterator[str]:
+    """Seconds of a layer, and how much of these experts are unpacked."""
+    tokens = found[0].settings["tokens"]
+    yield from _table(
+        "experts", "tokens for each expert", "layer, ms", "in turn, ms", "of it unpacking, ms", "share"
+    )
+    for layer in (row for row in found if row.figure == "seconds"):
+        count = int(layer.settings["experts"])
+        each = int(tokens) * int(layer.settings["per_token"]) / count
+        by = {row.figure: row.value for row in found if row.setting == layer.setting}
+        times = [_number(1e3 * by[name]) for name in ("seconds", "seconds_in_turn", "unpacking")]
+        yield _line((str(count), f"{each:g}", *times, f"{by['unpacking'] / by['seconds_in_turn']:.0%}"))
+    yield ""
+    yield f"A prompt of {tokens} tokens, medians of {found[0].count} rounds. {_source(found)}."
+
+
 def _amount(row: Row) -> str:
     return f"{row.value / 1e6:,.0f}" if row.unit == "bytes" else _number(row.value)
+
+
+def _cost(found: Sequence[Row]) -> Iterator[str]:
+    """What cost.py found in its log, and how long that took."""
+    yield from _table(f"a log of {int(found[0].settings['lines']):,} lines", "figure")
+    for row in found:
+        figure = _ends(row, lambda value: f"{value:,.0f}" if value.is_integer() else _number(value))
+        yield _line((f"{row.figure}, {row.unit}", figure))
+    yield ""
+    remarks = dict.fromkeys(row.remark for row in found if row.remark)
+    yield " ".join(f"{each}." for each in (*remarks, _source(found)))
 
 
 def _axis(name: str) -> Callable[[Row], bool]:
@@ -252,6 +348,8 @@ TABLES: Final[dict[str, tuple[Callable[[Row], bool], Callable[[Sequence[Row]], I
     **{f"scale-{name}": (_axis(name), _scale) for name in ("slice", "context", "experts", "layers")},
     "scale-exponents": (lambda row: row.benchmark == "scale" and row.unit == "exponent", _exponents),
     "scale-memory": (_axis("context"), _memory),
+    "unpacking": (lambda row: row.benchmark == "unpacking", _unpacking),
+    "cost": (lambda row: row.benchmark == "cost" and row.settings.get("lines") == "10000", _cost),
 }
 """By name: which rows it is made of, and its lines from those of one run."""
 

@@ -1,30 +1,48 @@
 """Why reading a prompt takes longer with more experts: one layer in the host form, and how much of it is unpacking.
 
-    python benchmarks/unpacking.py [--json] [--tokens 512] [--hidden 512] [--width 128]
+    python benchmarks/unpacking.py [--tokens N] [--rounds N] [--json]        # some seconds
 
-The expert block of one layer, 4 bits, 8 experts per token, random choices, on this machine's CPU through NumPy
-(`moelocal.ops.experts.host`). Unpacking is timed inside it. Multiply-adds are the same in every row. NumPy computes on
-one thread: two wait for each other where another program holds a core. The best of
---rounds; with --json the last line is one object: by number of experts seconds, seconds of unpacking, MLX's peak bytes.
+The expert block of one layer in the shape `small` (hidden size 512, experts of width 128), 4 bits, 8 experts per token,
+random choices, on this machine's CPU through NumPy (`moelocal.ops.experts.host`). Multiply-adds are the same with any
+number of experts. Measured as it is, with the next experts unpacked on other cores while NumPy multiplies, and with one
+after the other on one core, which shows how much of it unpacking is. Both, and the numbers of experts, take turns; a
+figure is the median of the rounds.
+
+Rows are added to benchmarks/results/<machine>.tsv; --results names another folder, --no-results none. With --json the
+last line is one object: by number of experts `seconds`, `seconds_in_turn` (one after the other) and its `unpacking`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
 from unittest.mock import patch
 
 import mlx.core as mx
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
-from moelocal.formats import QuantizedArray, QuantSpec, Weight
+from moelocal.bench import results
+from moelocal.bench.header import Header, command_line
+from moelocal.bench.results import Row
+from moelocal.bench.speed import Figure
+from moelocal.chat.command import exit_code
+from moelocal.formats import QuantizedArray, QuantSpec
 from moelocal.ops import experts
-from moelocal.ops.host import Host, borrow_weight, one_thread
+from moelocal.ops.host import one_thread
 
-EXPERTS = (16, 32, 64, 128, 256, 512)
-PER_TOKEN = 8
+EXPERTS: Final = (16, 32, 64, 128, 256, 512)
+PER_TOKEN, HIDDEN, WIDTH = 8, 512, 128
+FIGURES: Final = ("seconds", "seconds_in_turn", "unpacking")
+
+Found = dict[int, dict[str, list[float]]]
+"""By number of experts and figure: one value per round."""
 
 
 def packed(*shape: int) -> QuantizedArray:
@@ -37,56 +55,108 @@ def packed(*shape: int) -> QuantizedArray:
     return found
 
 
-def measure(count: int, tokens: int, hidden: int, width: int, rounds: int) -> dict[str, float]:
-    """The best of some rounds."""
-    layer = experts.SwiGLU((packed(count, 2 * width, hidden),), packed(count, hidden, width))
-    x = mx.random.normal((1, tokens, hidden))
+def layer_of(count: int, tokens: int) -> Callable[[], dict[str, float]]:
+    """A layer of `count` experts with its input; each call is one measurement."""
+    layer = experts.SwiGLU((packed(count, 2 * WIDTH, HIDDEN),), packed(count, HIDDEN, WIDTH))
+    x = mx.random.normal((1, tokens, HIDDEN))
     chosen = mx.argsort(mx.random.normal((1, tokens, count)), axis=-1)[..., :PER_TOKEN].astype(mx.uint32)
     weights = mx.full((1, tokens, PER_TOKEN), 1 / PER_TOKEN)
     mx.eval(x, chosen, weights)
-    spent = 0.0
 
-    def timed(weight: Weight) -> Host:
-        nonlocal spent
+    def seconds() -> float:
         begin = time.perf_counter()
-        found = borrow_weight(weight)
-        spent += time.perf_counter() - begin
-        return found
+        mx.eval(experts.host(x, layer, chosen, weights, None, None, None))
+        return time.perf_counter() - begin
 
-    best: dict[str, float] = {}
-    with patch.object(experts, "borrow_weight", timed), one_thread():
-        for _ in range(rounds):
-            mx.clear_cache()
-            mx.reset_peak_memory()
-            spent, held, begin = 0.0, mx.get_active_memory(), time.perf_counter()
-            mx.eval(experts.host(x, layer, chosen, weights, None, None, None))
-            seconds = time.perf_counter() - begin
-            if not best or seconds < best["seconds"]:
-                best = {"seconds": seconds, "unpacking": spent, "nbytes": mx.get_peak_memory() - held}
-    return best
+    def measured() -> dict[str, float]:
+        spent = 0.0
+
+        def in_turn(make: Callable[[Any], mx.array], items: Iterable[Any]) -> Iterator[mx.array]:
+            nonlocal spent
+            for item in items:
+                begin = time.perf_counter()
+                found = make(item)
+                mx.eval(found)
+                spent += time.perf_counter() - begin
+                yield found
+
+        with one_thread():
+            found = seconds()
+            with patch.object(experts, "ahead", in_turn):
+                return {"seconds": found, "seconds_in_turn": seconds(), "unpacking": spent}
+
+    return measured
 
 
-def main() -> None:
+def measure(tokens: int, rounds: int) -> Found:
+    """All numbers of experts in turns, behind a round that counts for nothing."""
+    layers = {count: layer_of(count, tokens) for count in EXPERTS}
+    found: Found = {count: {name: [] for name in FIGURES} for count in EXPERTS}
+    console = Console(stderr=True)
+    steps = track(
+        range(rounds + 1), "unpacking", console=console, transient=True, disable=not console.is_terminal
+    )
+    for turn in steps:
+        for count, layer in layers.items():
+            for name, value in layer().items():
+                if turn:
+                    found[count][name].append(value)
+    return found
+
+
+def rows_of(found: Found, header: Header, tokens: int) -> Iterator[Row]:
+    """Every figure."""
+    for count, each in found.items():
+        where = f"experts={count} tokens={tokens} hidden={HIDDEN} width={WIDTH} per_token={PER_TOKEN}"
+        for name, values in each.items():
+            figure = Figure.of(values)
+            assert figure is not None
+            yield Row(
+                header, None, "unpacking", "moelocal", where, name, "s", figure.value, figure.low,
+                figure.high, figure.count,
+            )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0, or 1 after an error of ours, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--tokens", type=_from_1, default=512, metavar="N", help="of the prompt; default 512")
+    parser.add_argument("--rounds", type=_from_1, default=9, metavar="N", help="default 9")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="default benchmarks/results")
+    parser.add_argument("--no-results", action="store_true", help="write no file of results")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    found = {n: measure(n, args.tokens, args.hidden, args.width, args.rounds) for n in EXPERTS}
-    table = Table("experts", "ms", "of it unpacking", "MLX's MB")
-    for count, best in found.items():
-        share = best["unpacking"] / best["seconds"]
-        table.add_row(
-            str(count), f"{1e3 * best['seconds']:.1f}", f"{share:.0%}", f"{best['nbytes'] / 1e6:.0f}"
-        )
+    return exit_code(run, parser.parse_args(arguments))
+
+
+def _from_1(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer from 1, got {text!r}")
+    return int(text)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Measure, note, tell."""
+    folder = None if parsed.no_results else parsed.results or Path(__file__).parent / "results"
+    if folder is not None:
+        results.require_writable(folder)
+    header = Header.now(command_line())
+    rows = list(rows_of(measure(parsed.tokens, parsed.rounds), header, parsed.tokens))
+    if folder is not None:
+        results.append(folder, rows)
+    medians: dict[str, dict[str, float]] = {}
+    for row in rows:
+        medians.setdefault(row.settings["experts"], {})[row.figure] = row.value
+    table = Table("experts", "ms", "in turn, ms", "of it unpacking")
+    for count, each in medians.items():
+        share = each["unpacking"] / each["seconds_in_turn"]
+        times = (f"{1e3 * each[name]:.1f}" for name in FIGURES[:2])
+        table.add_row(count, *times, f"{share:.0%}")
     Console().print(table)
-    if args.json:
-        print(json.dumps(found))
+    if parsed.json:
+        print(json.dumps(medians))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

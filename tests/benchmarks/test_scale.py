@@ -1,23 +1,20 @@
-"""benchmarks/scale.py: work is counted exactly, exponents are what they say, both programs do the same."""
+"""benchmarks/scale.py: both programs do the same, rows and pictures hold what they did, the time is foreseen."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import forecast  # noqa: E402
 import growth  # noqa: E402
 import scale  # noqa: E402
 import scale_report  # noqa: E402
@@ -44,63 +41,6 @@ def config(**changes: int) -> ModelConfig:
     return ModelConfig.parse(synthetic.shape("flagship", TINY | changes))
 
 
-# work
-
-
-def test_work_is_that_of_the_matrices_that_a_token_passes():
-    # by hand: attention q with gate, k, v, o; delta net qkv, z, b, a, convolution, out; experts, shared, gates
-    attention = 64 * 256 + 2 * 64 * 64 + 128 * 64
-    delta = 64 * 128 + 64 * 64 + 2 * 64 * 2 + 128 * 4 + 64 * 64
-    mlp = 64 * 8 + 2 * 3 * 64 * 64 + 3 * 64 * 64 + 64
-    state, head = 4 * 2 * 32 * 32, 96 * 64
-    layers = attention + 3 * (delta + state) + 4 * mlp
-    assert growth.decode_work(config(), 99) == layers + head + 2 * 4 * 32 * 100
-    # a prompt of 9 tokens sees 1 to 9 positions, 5 on average, and asks for the head once
-    assert growth.prefill_work(config(), 9) == layers + head / 9 + 2 * 4 * 32 * 5
-
-
-def test_work_grows_with_what_a_token_uses_and_not_with_what_is_there():
-    more, base = growth.decode_work(config(experts=16), 0), growth.decode_work(config(), 0)
-    assert more - base == 4 * 8 * 64  # the routers' rows
-    twice = growth.decode_work(config(layers=8), 0) - 96 * 64
-    assert twice == 2 * (base - 96 * 64)
-
-
-# exponents
-
-
-@given(slope=st.floats(-3, 3), factor=st.floats(1e-3, 1e3), count=st.integers(3, 8))
-def test_the_exponent_of_a_power_law_is_found(slope, factor, count):
-    x = [2.0**i for i in range(count)]
-    found = growth.exponent(x, [[factor * each**slope] * 2 for each in x])
-    # logarithms of numbers up to 1e9 are exact to 1e-14, differences over at least ln 2
-    assert found.value == pytest.approx(slope, abs=1e-12)
-    assert found.low is not None and found.high is not None
-    assert found.high - found.low < 1e-10
-
-
-def test_the_interval_holds_the_true_exponent_in_19_of_20_cases():
-    random = np.random.default_rng(1)
-    x = [1.0, 2.0, 4.0, 8.0]
-    held = 0
-    for _ in range(2000):
-        noise = random.normal(0, 0.1, (4, 3))
-        found = growth.exponent(x, [list(each**0.5 * np.exp(n)) for each, n in zip(x, noise, strict=True)])
-        held += found.low < 0.5 < found.high
-    # 0.95 within 4 standard deviations of a share of 2,000
-    assert abs(held / 2000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)
-
-
-def test_rounds_at_one_point_are_no_points_of_their_own():
-    once = growth.exponent([1, 2, 4], [[1.0], [3.0], [4.0]])
-    often = growth.exponent([1, 2, 4], [[1.0] * 9, [3.0] * 9, [4.0] * 9])
-    assert (often.value, often.low, often.high) == pytest.approx((once.value, once.low, once.high))
-
-
-def test_two_measurements_have_no_interval():
-    assert growth.exponent([1, 10], [[1.0], [100.0]]) == growth.Estimate(pytest.approx(2.0), None, None)
-
-
 # rows, and what is made of them
 
 
@@ -111,8 +51,9 @@ def run(prompt: int, first: float, decode: float, chosen: tuple[int, ...], nbyte
 @pytest.fixture
 def measured() -> scale.Measured:
     """Two points of two rounds: ours reads 100 and 200 tokens/s; theirs half as many. Theirs
-    once chooses another token."""
-    axis = scale.Axis("context", "small", (scale.Point(10, TINY, 10), scale.Point(40, TINY, 40)), 3, 1.0)
+    once chooses another token. And a point of one run."""
+    points = (scale.Point(10, TINY, 10), scale.Point(40, TINY, 40), scale.Point(80, TINY, 80, once=True))
+    axis = scale.Axis("context", "small", points, 3, 1.0)
     model, key = Identity("tiny", "4 bits", 1000, "abc"), axis.points[0].key
     same, other = (1, 2, 3), (1, 2, 4)
     runs = {
@@ -120,6 +61,8 @@ def measured() -> scale.Measured:
         (10, "mlx-lm"): [run(10, 0.2, 0.04, same), run(10, 0.1, 0.01, other)],
         (40, "moelocal"): [run(40, 0.4, 0.04, same, 5 * 10**6), run(40, 0.2, 0.04, same)],
         (40, "mlx-lm"): [run(40, 0.8, 0.08, same), run(40, 0.4, 0.08, same)],
+        (80, "moelocal"): [run(80, 9.0, 9.0, same, 7 * 10**6)],
+        (80, "mlx-lm"): [run(80, 9.0, 9.0, other)],
     }
     return scale.Measured(axis, {key: config()}, {key: model}, runs)
 
@@ -142,6 +85,10 @@ def test_rows_have_every_figure(measured):
     assert ratio.remark == "same greedy choice: 5 of 6"
     assert rows["work", at, "decode work"].value == growth.decode_work(config(), 11.5)
     assert rows["moelocal", "axis=context context=40", "resident memory"].value == 10**7
+    last = {
+        row.figure: (row.value, row.count) for key, row in rows.items() if key[1] == "axis=context context=80"
+    }
+    assert last == {"MLX memory": (10**6, 1), "resident memory": (2 * 10**6, 1)}
     slope = rows["moelocal", "axis=context", "prefill cost"]
     assert slope.value == pytest.approx(0.0, abs=1e-12)  # as many tokens a second at both
     excess = rows["moelocal", "axis=context", "prefill excess"]
@@ -157,7 +104,7 @@ def test_rows_survive_the_file_and_are_told_and_drawn(measured, tmp_path, capsys
     found = scale_report.summary(rows)
     assert found["ratio"]["context"]["40"]["decode"] == [2.0, 2.0, 2.0]
     assert found["agree"] == round(22 / 24, 5)
-    assert found["memory"]["MLX memory"]["moelocal"] == {"10": 10**6, "40": 3 * 10**6}
+    assert found["memory"]["MLX memory"]["moelocal"] == {"10": 10**6, "40": 5 * 10**6, "80": 7 * 10**6}
     assert set(found["exponents"]["context"]["prefill cost"]) == {"moelocal", "mlx-lm", "work"}
     scale_report.show(HEADER, rows)
     assert "exponents over context" in capsys.readouterr().out
@@ -263,33 +210,104 @@ def test_both_read_the_same_tokens_and_choose_the_same(folder, prompt):
 @pytest.mark.filterwarnings("default")
 def test_the_whole_of_it_runs_and_notes_what_it_found(tmp_path, capsys, monkeypatch):
     points = (scale.Point(4, {**TINY, "layers": 4}, 48), scale.Point(8, {**TINY, "layers": 8}, 48))
-    axes = [scale.Axis("layers", "flagship", points, 4, 1.0)]
-    monkeypatch.setattr(scale, "axes_of", lambda quick, longest: axes)
+    contexts = (scale.Point(16, TINY, 16), scale.Point(32, TINY, 32), scale.Point(64, TINY, 64, once=True))
+    axes = [
+        scale.Axis("layers", "flagship", points, 4, 1.0),
+        scale.Axis("context", "flagship", contexts, 4, 1.0),
+    ]
+    monkeypatch.setattr(scale, "axes_of", lambda quick, longest, memory: axes)
     monkeypatch.setattr(scale, "WARM_UP", (4, 2))
     folders = ["--results", str(tmp_path / "results"), "--images", str(tmp_path / "images")]
     assert scale.main(["--quick", "--minutes", "1e-9", "--json", *folders]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    told = capsys.readouterr()
+    assert re.fullmatch(r"about \d+ minutes in all: layers \d+\.\d, context \d+\.\d\n", told.err)
+    found: dict[str, Any] = json.loads(told.out.splitlines()[-1])
     assert set(found["ratio"]["layers"]) == {"4", "8"} and found["agree"] == 1.0
+    assert set(found["ratio"]["context"]) == {"16", "32"}
+    assert set(found["memory"]["resident memory"]["mlx-lm"]) == {"16", "32", "64"}
     (file,) = (tmp_path / "results").iterdir()
     rows = results.read(file)
-    assert {row.settings["layers"] for row in rows if row.unit == "ratio"} == {"4", "8"}
+    assert {row.setting for row in rows if row.unit == "ratio"} == {
+        "axis=layers context=48 layers=4", "axis=layers context=48 layers=8", "axis=context context=16",
+        "axis=context context=32",
+    }  # fmt: skip
     assert all(row.count == 3 for row in rows if row.unit == "ratio")
-    assert [path.name for path in (tmp_path / "images").iterdir()] == ["scale-layers.png"]
+    assert all(row.count == 1 for row in rows if row.unit == "bytes")
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert names == ["scale-context.png", "scale-layers.png", "scale-memory.png"]
 
 
-def test_without_mlx_lm_it_says_how_to_get_it(capsys, monkeypatch):
-    monkeypatch.setattr(scale, "find_spec", lambda name: None)
-    assert scale.main(["--quick"]) == 1
-    assert capsys.readouterr().err == (
-        f"moelocal: error: mlx-lm is not installed here: {sys.executable} -m pip install 'mlx-lm==0.32.2'\n"
-    )
-
-
-def test_contexts_double_up_to_the_longest(capsys):
-    assert [point.context for point in scale.axes_of(False, 2000)[0].points] == [256, 512, 1024]
+def test_contexts_double_up_to_the_longest_and_single_runs_go_further(capsys):
+    points = scale.axes_of(False, 1024, 4096)[0].points
+    assert [(point.context, point.once) for point in points] == [
+        (256, False), (512, False), (1024, False), (2048, True), (4096, True),
+    ]  # fmt: skip
+    assert [point.context for point in scale.axes_of(False, 2000, 0)[0].points] == [256, 512, 1024]
     assert scale.main(["--longest", "300"]) == 1
     assert capsys.readouterr().err == (
         "moelocal: error: --longest: expected at least 512 tokens, two contexts, got 300\n"
+    )
+
+
+# how long it takes
+
+
+def reading(layers: int, context: int) -> float:
+    """Multiply-adds of a prompt."""
+    return context * growth.prefill_work(config(layers=layers), context)
+
+
+def axes() -> list[scale.Axis]:
+    contexts = tuple(scale.Point(n, TINY, n, once=n > 40) for n in (20, 40, 80))
+    layers = tuple(scale.Point(n, TINY | {"layers": n}, 20) for n in (4, 8))
+    return [
+        scale.Axis("context", "flagship", contexts, 5, 0.5),
+        scale.Axis("layers", "flagship", layers, 5, 0.5),
+    ]
+
+
+@pytest.mark.parametrize(("rounds", "expected"), [(0.1, 3), (5.5, 5), (99.0, 12)])
+def test_an_axis_takes_its_rounds_its_single_runs_and_its_loading(rounds, expected):
+    def work(layers: int, context: int) -> float:
+        return reading(layers, context) + 4 * growth.decode_work(config(layers=layers), context + 2.5)
+
+    context, layers = axes()
+    one, paces = work(4, 20) + work(4, 40), [(1.0, 1.0), (3.0, 3.0)]  # seconds for each multiply-add
+    found = forecast.Forecast([context], 2 * rounds * 4 * one).predicted(context, paces, 7.0)
+    assert found == pytest.approx(7.0 + expected * 4 * one + 4 * work(4, 80))
+    two = work(4, 20) + work(8, 20)
+    found = forecast.Forecast([layers], 2 * rounds * 4 * two).predicted(layers, paces, 7.0)
+    assert found == pytest.approx(14.0 + expected * 4 * two)  # two checkpoints
+
+
+def test_how_long_it_takes_is_said_once_from_the_first_point(capsys):
+    with forecast.Forecast(axes(), 1e-9) as found:
+        # both read 20 tokens in 10 minutes; of the time since the start, which is none, that leaves -20 for loading
+        found.learn({name: run(20, 600.0, 0.0, ()) for name in sides.PROGRAMS}, config())
+        found.learn({}, config())
+    context = 20 * (3 * (reading(4, 20) + reading(4, 40)) + reading(4, 80)) / reading(4, 20) - 20
+    layers = 20 * 3 * (reading(4, 20) + reading(8, 20)) / reading(4, 20) - 40
+    assert capsys.readouterr().err == (
+        f"about {context + layers:.0f} minutes in all: context {context:.1f}, layers {layers:.1f}\n"
+    )
+
+
+def test_without_matplotlib_it_says_how_to_get_it_before_it_measures(capsys, monkeypatch):
+    pytest.importorskip("mlx_lm")
+    monkeypatch.setattr(scale, "find_spec", lambda name: None)
+    assert scale.main([]) == 1
+    assert capsys.readouterr().err == (
+        f"moelocal: error: matplotlib is not installed here: {sys.executable} -m pip install matplotlib\n"
+    )
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "1441", "soon"])
+def test_minutes_are_minutes(capsys, minutes):
+    with pytest.raises(SystemExit) as ended:
+        scale.main([f"--minutes={minutes}"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"{Path(sys.argv[0]).name}: error: argument --minutes: expected minutes, up to 1440, got '{minutes}'"
     )
 
 
