@@ -28,6 +28,7 @@ def measure(size: int, rounds: int) -> tuple[float, float]:
     """Seconds of a product with [size, size] on one thread, and in at least two parts."""
     packed = mx.quantize(mx.random.normal((size, size)) / size**0.5, group_size=64, bits=4)
     weight, x = QuantizedArray(*packed, QuantSpec(4, 64)), mx.random.normal((1, size))
+    mx.eval(packed, x)
 
     def chain(x: mx.array) -> mx.array:
         for _ in range(CHAIN):
