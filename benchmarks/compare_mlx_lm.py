@@ -45,6 +45,7 @@ from rich.console import Console
 from rich.table import Table
 from sides import require_mlx_lm
 
+from moelocal.flags import integer
 from moelocal.hub import resolve
 from moelocal.machine import most_resident
 
@@ -211,7 +212,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object at the end")
     parser.add_argument("--model", metavar="FOLDER", help="a checkpoint; default: the embedded one")
-    parser.add_argument("--rounds", type=int, default=5, help="of the decoding; default: 5")
+    parser.add_argument("--rounds", type=integer(1), default=5, help="of the decoding; default: 5")
     parser.add_argument("--fresh", choices=tuple(SIDES), help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if parsed.fresh:

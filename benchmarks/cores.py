@@ -16,6 +16,7 @@ import mlx.core as mx
 from rich.console import Console
 from rich.table import Table
 
+from moelocal.flags import integer
 from moelocal.formats import QuantizedArray, QuantSpec
 from moelocal.ops import cores
 from moelocal.ops.linear import portable
@@ -56,7 +57,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=integer(1), default=20)
     args = parser.parse_args()
     mx.set_default_device(mx.cpu)
     found = {size * size: measure(size, args.rounds) for size in SIZES}

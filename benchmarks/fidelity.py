@@ -47,6 +47,7 @@ from sides import require_mlx_lm
 import moelocal
 from moelocal.chat.command import exit_code
 from moelocal.evaluate import evaluate
+from moelocal.flags import integer
 from moelocal.formats import QuantizedArray, QuantSpec
 from moelocal.hub import resolve
 from moelocal.ops.group_search import group_search
@@ -184,11 +185,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--samples", type=int, default=8, help="held-out tasks per skill (default 8)")
+    parser.add_argument("--samples", type=integer(1), default=8, help="held-out tasks per skill (default 8)")
     parser.add_argument(
-        "--chats", type=int, default=64, help="held-out chats for the divergence (default 64)"
+        "--chats", type=integer(1), default=64, help="held-out chats for the divergence (default 64)"
     )
-    parser.add_argument("--calibration-tokens", type=int, default=32_768, metavar="N", help="default 32768")
+    parser.add_argument(
+        "--calibration-tokens", type=integer(1), default=32_768, metavar="N", help="default 32768"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return exit_code(run, parser.parse_args())
 

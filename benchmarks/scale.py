@@ -57,6 +57,7 @@ from moelocal.chat.command import exit_code
 from moelocal.config import ModelConfig
 from moelocal.errors import RequestError
 from moelocal.evaluate.statistics import Estimate
+from moelocal.flags import integer
 from moelocal.units import size
 
 HERE: Final = Path(__file__).parent
@@ -91,15 +92,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer points, about 4 minutes, nothing noted")
-    parser.add_argument("--longest", type=int, metavar="N", help="context; default 8192, with --quick 4096")
+    parser.add_argument(
+        "--longest", type=integer(512), metavar="N", help="context; default 8192, with --quick 4096"
+    )
     parser.add_argument(
         "--memory",
-        type=int,
+        type=integer(0),
         metavar="N",
         help="longest context of a single run; default 4 x --longest, with --quick none; 0: none",
     )
     parser.add_argument("--slice", action="store_true", help="the flagship's shape instead of growing axes")
-    parser.add_argument("--layers", type=int, default=4, help="of the slice; default 4")
+    parser.add_argument("--layers", type=integer(1), default=4, help="of the slice; default 4")
     parser.add_argument(
         "--minutes", type=_minutes, metavar="N", help="of rounds; default 12, with --quick 3, with --slice 8"
     )
@@ -130,8 +133,6 @@ def run(parsed: argparse.Namespace) -> None:
             draw(last_run(results.read(file)), images or HERE.parent / "docs" / "images")
         return
     longest = parsed.longest or (4096 if parsed.quick else 8192)
-    if longest < 512:
-        raise RequestError(f"--longest: expected at least 512 tokens, two contexts, got {longest}")
     if parsed.layers < 4:
         raise RequestError(
             f"--layers: expected at least 4, one of them attention (mlx-lm needs it), got {parsed.layers}"

@@ -53,6 +53,7 @@ from moelocal.engine.batch import stream_batch
 from moelocal.engine.generate import Request
 from moelocal.engine.load import Model
 from moelocal.engine.session import Session
+from moelocal.flags import integer
 from moelocal.hub import resolve
 
 CONTEXTS = (1024, 4096, 16384, 32768)
@@ -249,12 +250,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object at the end")
     parser.add_argument(
-        "--contexts", type=int, nargs="*", default=list(CONTEXTS), help="tokens of the first turn"
+        "--contexts", type=integer(1), nargs="*", default=list(CONTEXTS), help="tokens of the first turn"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="conversations per context; default: 3")
+    parser.add_argument("--rounds", type=integer(1), default=3, help="conversations per context; default: 3")
     parser.add_argument(
         "--peer-context",
-        type=int,
+        type=integer(0),
         default=CONTEXTS[-1],
         metavar="N",
         help="longest context for mlx-lm; 0: none",

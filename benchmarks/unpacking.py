@@ -33,6 +33,7 @@ from moelocal.bench.header import Header, command_line
 from moelocal.bench.results import Row
 from moelocal.bench.speed import Figure
 from moelocal.chat.command import exit_code
+from moelocal.flags import integer
 from moelocal.formats import QuantizedArray, QuantSpec
 from moelocal.ops import experts
 from moelocal.ops.host import one_thread
@@ -122,18 +123,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=_from_1, default=512, metavar="N", help="of the prompt; default 512")
-    parser.add_argument("--rounds", type=_from_1, default=9, metavar="N", help="default 9")
+    parser.add_argument(
+        "--tokens", type=integer(1), default=512, metavar="N", help="of the prompt; default 512"
+    )
+    parser.add_argument("--rounds", type=integer(1), default=9, metavar="N", help="default 9")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="default benchmarks/results")
     parser.add_argument("--no-results", action="store_true", help="write no file of results")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return exit_code(run, parser.parse_args(arguments))
-
-
-def _from_1(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer from 1, got {text!r}")
-    return int(text)
 
 
 def run(parsed: argparse.Namespace) -> None:

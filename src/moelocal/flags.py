@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any, Final
 
 _MODEL: Final = "a folder or a Hugging Face name; else the embedded one"
@@ -29,6 +30,17 @@ _FLAGS: Final[dict[str, dict[str, Any]]] = {
         "help": "keep keys and values in so many bits: less memory, slightly other answers",
     },
 }
+
+
+def integer(least: int) -> Callable[[str], int]:
+    """The type of a flag: an integer from `least` on."""
+
+    def number(text: str) -> int:
+        if not text.isascii() or not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer from {least}, got {text!r}")
+        return int(text)
+
+    return number
 
 
 def add(parser: argparse._ActionsContainer, *names: str) -> None:

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -60,16 +60,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokens",
-        type=_from(2),
+        type=flags.integer(2),
         default=TOKENS,
         metavar="N",
         help="to decode each time (default %(default)s)",
     )
     parser.add_argument(
-        "--rounds", type=_from(1), default=ROUNDS, metavar="N", help="after a warm-up (default %(default)s)"
+        "--rounds",
+        type=flags.integer(1),
+        default=ROUNDS,
+        metavar="N",
+        help="after a warm-up (default %(default)s)",
     )
     parser.add_argument(
-        "--loads", type=_from(1), default=LOADS, metavar="N", help="times to load each (default %(default)s)"
+        "--loads",
+        type=flags.integer(1),
+        default=LOADS,
+        metavar="N",
+        help="times to load each (default %(default)s)",
     )
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="where the file of results is")
     parser.add_argument(
@@ -266,15 +274,6 @@ def _contexts(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"expected numbers of tokens like 0,4096,32k, got {text!r}")
         found.append(int(number) * (1024 if word.endswith("k") else 1))
     return found
-
-
-def _from(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isascii() or not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected an integer from {least}, got {text!r}")
-        return int(text)
-
-    return number
 
 
 @contextmanager
