@@ -23,7 +23,9 @@ from moelocal.engine.plan import batch_nbytes, memory_limit, plan, weights_nbyte
 from moelocal.errors import ContextOverflow, MemoryOverflow, RequestError
 from moelocal.hub import EMBEDDED
 from moelocal.model import Decoder
+from moelocal.ops import cores, experts
 from moelocal.units import size
+from packed import pack
 from parity.checkpoints import Recipe, tokens, write
 
 UNLIMITED = "1000TB"
@@ -91,6 +93,20 @@ def test_a_plan_holds_where_mlx_computes_everything(tmp_path, monkeypatch, famil
         assert peak <= made.nbytes <= MOST_IN_MLX * peak, prompt
 
 
+def test_a_plan_holds_experts_that_are_unpacked_ahead(tmp_path, monkeypatch):
+    """More than two steps of them, which are most of the work; of the last layer a prompt needs none."""
+    monkeypatch.setenv("MOELOCAL_MEMORY", UNLIMITED)
+    shape = Recipe("qwen3_moe", layers=2, hidden=512, width=256, experts=48, per_token=8, dtype="BF16")
+    assert 3 * shape.hidden * shape.width * shape.experts > 4 * experts.UNPACKED
+    decoder = Decoder.open(pack(write(tmp_path / "model", shape), tmp_path / "packed", 4), mx.float32)
+    for count in (1, 2, 16):
+        monkeypatch.setattr(cores, "cores", lambda count=count: count)
+        for prompt in (40, 300):
+            made = plan(decoder.config, weights_nbytes(decoder), decoder.dtype, prompt, 3)
+            peak = measured(decoder, prompt, 3)
+            assert peak <= made.nbytes <= MOST_IN_MLX * peak, (count, prompt)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen3_5", "qwen3_next", "qwen3_moe"])
 def test_a_plan_holds_for_long_prompts(tmp_path, monkeypatch, family):
@@ -109,6 +125,7 @@ import mlx.core as mx, re
 from moelocal.engine.plan import plan, weights_nbytes
 from moelocal.hub import EMBEDDED
 from moelocal.model import Decoder
+from moelocal.ops import cores, experts
 from moelocal.units import size
 def largest():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])

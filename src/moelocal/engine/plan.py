@@ -27,8 +27,11 @@ from moelocal.engine.chunks import STRIDE
 from moelocal.errors import ContextOverflow, MemoryOverflow
 from moelocal.formats import arrays_of
 from moelocal.model import Decoder
+from moelocal.ops import experts, linear
 from moelocal.ops.attend import BLOCK, fused
 from moelocal.ops.attend_packed import FEW
+from moelocal.ops.cores import AHEAD
+from moelocal.ops.host import MANY_ROWS
 from moelocal.ops.op import on_cpu
 from moelocal.units import parse_size, size
 
@@ -207,6 +210,7 @@ class _Shape:
         choosing = SAMPLING * 4 * self.config.vocab
         return rows * choosing + max(
             rows * (time * self._layer(each) + self._beside(each.mixer, time, keys))
+            + self._unpacked(each, time)
             for each in self.config.layers
         )
 
@@ -230,6 +234,23 @@ class _Shape:
         """The arrays of one position in one layer."""
         hidden = 6 * self.config.hidden * self.size
         return hidden + self._mixer(spec.mixer) + self._mlp(spec.mlp)
+
+    def _unpacked(self, spec: LayerSpec, time: int) -> int:
+        """What NumPy multiplies with on the CPU device, in float32, and what is unpacked ahead of it."""
+        if not on_cpu() or self.size < 4 or time < MANY_ROWS:
+            return 0
+        hidden, mixer, mlp = self.config.hidden, spec.mixer, spec.mlp
+        if isinstance(mixer, AttentionSpec):
+            widest = mixer.heads * mixer.head_dim * (2 if mixer.gated else 1)
+        else:
+            widest = mixer.conv_channels + mixer.value_heads * mixer.value_dim
+        widest = max(widest, 2 * (mlp.width if isinstance(mlp, DenseSpec) else mlp.shared_width))
+        weights = min(hidden * widest, (1 + AHEAD) * linear.UNPACKED)
+        if isinstance(mlp, MoESpec):
+            each = 3 * hidden * mlp.width
+            used = min(mlp.experts, time * mlp.per_token)
+            weights = max(weights, each * min(used, 2 * max(1, experts.UNPACKED // each)))
+        return 8 * weights  # with what is gathered to be unpacked; measured up to 6.4
 
     def _mixer(self, spec: AttentionSpec | DeltaNetSpec) -> int:
         size = self.size

@@ -21,19 +21,19 @@ from moelocal.ops.op import on_cpu
 T = TypeVar("T")
 
 LEAST = 1 << 18
-"""Weights from which a part pays for a thread of its own: 180 microseconds of work; handing it over and waiting takes
-about 50 (`python benchmarks/cores.py`)."""
+"""Weights from which a part pays for a thread of its own. On one core of an AMD EPYC they take 180 microseconds, handing
+them over and waiting takes about 50 (2026-11-21, `python benchmarks/cores.py`)."""
 
-AHEAD: Final = 4
-"""Most results that wait for the caller of `ahead`: each takes memory."""
+AHEAD: Final = 2
+"""Results that are made while the caller of `ahead` works on another: each takes memory, which `engine/plan.py` counts."""
 
 
 def cut(count: int, weights: int) -> list[slice]:
     """`count` rows, which are as much work as a product with `weights` weights, in a part for each core; nothing where
     one core has them done as soon."""
-    number = min(count, weights // LEAST, cores()) if on_cpu() else 1
-    edges = (count * i // number for i in range(number + 1))
-    return [slice(*each) for each in pairwise(edges)] if number > 1 else []
+    if not on_cpu() or (number := min(count, weights // LEAST, cores())) < 2:
+        return []
+    return [slice(*each) for each in pairwise(count * i // number for i in range(number + 1))]
 
 
 def on_cores(part: Callable[[slice], mx.array], parts: list[slice], axis: int) -> mx.array:
@@ -49,10 +49,10 @@ def ahead(make: Callable[[T], mx.array], items: Iterable[T]) -> Iterator[mx.arra
     """`make(item)` of each item in order, evaluated on other cores while the caller works on those before."""
     waiting: deque[mx.array] = deque()
     for i, item in enumerate(items):
-        with _core(i % cores()):
+        with _core(i % min(cores(), AHEAD)):
             waiting.append(make(item))
         mx.async_eval(waiting[-1])  # type: ignore[no-untyped-call]  # MLX has no annotation for it
-        if len(waiting) > min(cores(), AHEAD):
+        if len(waiting) > AHEAD:
             yield waiting.popleft()
     while waiting:
         yield waiting.popleft()

@@ -116,10 +116,9 @@ def portable(
         inner = swiglu([_gathered(rows, w, experts, ordered) for w in routed.gate_up])
         return _gathered(inner, routed.down, experts, ordered)
 
-    work = chosen.size * sum(map(_count, (*routed.gate_up, routed.down)))
     if ordered:
         out = run(experts)[mx.argsort(order)]
-    elif parts := cut(per_token, work):
+    elif parts := cut(per_token, chosen.size * sum(map(_count, (*routed.gate_up, routed.down)))):
         out = on_cores(lambda some: run(chosen[..., some]), parts, axis=-3)
     else:
         out = run(chosen)
@@ -183,6 +182,7 @@ def host(
             token = pairs // per_token
             inner = _host_swiglu([rows[token] @ g[e].T for g in gate_up])
             total[token] += w[pairs, None] * (inner @ down[e].T)
+        del gate_up, down  # before the next ones are waited for
     if shared is not None and share is not None:
         inner = _host_swiglu([lin.on_host(rows, g) for g in shared.gate_up])
         total += borrow(share).reshape(-1, 1) * lin.on_host(inner, shared.down)
