@@ -26,7 +26,7 @@ def whole(function, *arguments):
     """What it gives where nothing is worth a part of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cores, "LEAST", 1 << 60)
-        return np.array(function(*arguments))
+        return np.array(function(*arguments).astype(mx.float32))
 
 
 SPECS = [QuantSpec(bits, 32) for bits in (2, 3, 4, 5, 6, 8)]
@@ -44,15 +44,23 @@ def test_a_product_in_parts_has_the_same_bits(spec, rows):
 
 
 @pytest.mark.usefixtures("many")
-@settings(max_examples=20, deadline=None)
-@given(tokens=st.integers(1, 7), per_token=st.integers(1, 8), joined=st.booleans(), seed=st.integers(0, 99))
-def test_experts_in_parts_have_the_same_bits(tokens, per_token, joined, seed):
+@settings(max_examples=30, deadline=None)
+@given(
+    tokens=st.integers(1, 7),
+    per_token=st.integers(1, 8),
+    joined=st.booleans(),
+    spec=st.sampled_from([None, PLAIN]),
+    dtype=st.sampled_from([mx.float32, mx.bfloat16, mx.float16]),
+    seed=st.integers(0, 99),
+)
+def test_experts_in_parts_have_the_same_bits(tokens, per_token, joined, spec, dtype, seed):
     mx.random.seed(seed)
-    x = mx.random.normal((1, tokens, 64))
+    x = mx.random.normal((1, tokens, 64)).astype(dtype)
     chosen, weights, share = route.reference(mx.random.normal((1, tokens, 9)), per_token, True, True)
-    blocks = [swiglu(PLAIN, lead, 32, 64, joined) for lead in ((8,), ())]
+    blocks = [swiglu(spec, lead, 32, 64, joined) for lead in ((8,), ())]
     arguments = (x, blocks[0], chosen, weights, blocks[1], share, x)
-    assert np.array_equal(np.array(experts.portable(*arguments)), whole(experts.portable, *arguments))
+    got = np.array(experts.portable(*arguments).astype(mx.float32))
+    assert np.array_equal(got, whole(experts.portable, *arguments))
 
 
 def streams_of(monkeypatch, function):
