@@ -143,6 +143,8 @@ def run(parsed: argparse.Namespace) -> None:
     memory = longest * (1 if parsed.quick else 4) if parsed.memory is None else parsed.memory
     axes = slice_of(parsed.layers) if parsed.slice else axes_of(parsed.quick, longest, memory)
     minutes = parsed.minutes or (8.0 if parsed.slice else 3.0 if parsed.quick else 12.0)
+    if noted is not None:
+        results.require_writable(noted)
     header = Header.now(command_line())
     with ExitStack() as stack:
         work = parsed.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moelocal-scale-")))

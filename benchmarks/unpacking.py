@@ -8,8 +8,9 @@ number of experts. Measured as it is, with the next experts unpacked on other co
 after the other on one core, which shows how much of it unpacking is. Both, and the numbers of experts, take turns; a
 figure is the median of the rounds.
 
-Rows are added to benchmarks/results/<machine>.tsv; --results names another folder, --no-results none. With --json the
-last line is one object: by number of experts `seconds`, `seconds_in_turn` (one after the other) and its `unpacking`.
+Rows are added to benchmarks/results/<machine>.tsv, but not with other --tokens or --rounds: they would be the table of
+docs/benchmarks.md. --results names another folder, for any run, --no-results none. With --json the last line is one
+object: by number of experts `seconds`, `seconds_in_turn` (one after the other) and its `unpacking`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from moelocal.ops.host import one_thread
 
 EXPERTS: Final = (16, 32, 64, 128, 256, 512)
 PER_TOKEN, HIDDEN, WIDTH = 8, 512, 128
+TOKENS, ROUNDS = 512, 9
 FIGURES: Final = ("seconds", "seconds_in_turn", "unpacking")
 
 Found = dict[int, dict[str, list[float]]]
@@ -124,10 +126,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--tokens", type=integer(1), default=512, metavar="N", help="of the prompt; default 512"
+        "--tokens", type=integer(1), default=TOKENS, metavar="N", help="of the prompt; default %(default)s"
     )
-    parser.add_argument("--rounds", type=integer(1), default=9, metavar="N", help="default 9")
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="default benchmarks/results")
+    parser.add_argument("--rounds", type=integer(1), default=ROUNDS, metavar="N", help="default %(default)s")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="default benchmarks/results, with other --tokens or --rounds none",
+    )
     parser.add_argument("--no-results", action="store_true", help="write no file of results")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return exit_code(run, parser.parse_args(arguments))
@@ -135,7 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(parsed: argparse.Namespace) -> None:
     """Measure, note, tell."""
-    folder = None if parsed.no_results else parsed.results or Path(__file__).parent / "results"
+    of_table = (parsed.tokens, parsed.rounds) == (TOKENS, ROUNDS)
+    own = Path(__file__).parent / "results" if of_table else None
+    folder = None if parsed.no_results else parsed.results or own
     if folder is not None:
         results.require_writable(folder)
     header = Header.now(command_line())

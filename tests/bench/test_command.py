@@ -206,9 +206,17 @@ def test_a_server_that_cuts_the_prompt_is_not_compared(capsys):
     assert found["beside"] == {}
     assert re.fullmatch(
         rf"{address}: it read \d+ tokens of a prompt that has about \d+ and left out the rest; "
-        "give it a larger context there at 128 tokens, not measured from there on",
+        r"give it a larger context there \(at 128 tokens; not measured from there on\)",
         found["notes"][0],
     )
+
+
+def test_a_server_that_gives_no_text_has_no_speed(capsys):
+    count = {"prompt_tokens": 128, "completion_tokens": 0}
+    found, out, address = beside(capsys, answer_of([], count, "stop"))
+    assert found["beside"] == {} and list(found["programs"]) == ["moelocal"]
+    note = f"{address}: it gave no text (at 128 tokens; not measured from there on)"
+    assert found["notes"] == [note] and f"note: {note}" in out
 
 
 @pytest.mark.parametrize(
@@ -245,7 +253,9 @@ def test_models_of_one_server_are_told_apart_and_none_is_asked_twice(capsys, mon
         sides = [called(*named) for named in command._servers(parsed)]
         assert sides == [f"a at {server.address}", f"b at {server.address}"]
         assert [body["model"] for _, body in server.asked if body] == ["a", "b"]
-        assert refused(capsys, "--against", one, "--against", one) == f"--against {one}: named twice"
+        by_name = one.replace("127.0.0.1", "localhost")  # of the same server
+        for again in (one, by_name):
+            assert refused(capsys, "--against", one, "--against", again) == f"--against {again}: named twice"
 
 
 # what is refused
@@ -298,26 +308,30 @@ def test_a_peer_that_is_not_installed_comes_with_the_command_that_installs_it(ca
     )
 
 
-def test_a_model_that_does_not_fit_comes_with_what_would(capsys, monkeypatch):
-    monkeypatch.setenv("MOELOCAL_MEMORY", "12MB")
-    monkeypatch.setattr(command, "WORKING", 2_000_000)
-    found = refused(capsys)
+@pytest.mark.parametrize(("memory", "told"), [("12MB", "12\\.0 MB"), ("19MB", "19\\.0 MB")])
+def test_a_model_that_does_not_fit_comes_with_what_would(memory, told, capsys, monkeypatch):
+    # 19 MB have room for the weights, but not for a token besides
+    monkeypatch.setenv("MOELOCAL_MEMORY", memory)
     assert re.fullmatch(
-        r"embedded: 18\.5 MB of weights do not fit the 12\.0 MB that a model may take here; its original weights "
-        r"quantized with `moelocal quantize --recipe \w+` would \(\d\.\d MB\); a Mac with 8 GB would hold it as it is; "
-        r"or allow more with MOELOCAL_MEMORY",
-        found,
+        r"embedded: weights of 18\.5 MB and 1\.0 MB for one token do not fit the "
+        + told
+        + r" that a model may take "
+        r"here; its original weights quantized with `moelocal quantize --recipe \w+` would \(\d\.\d MB\); a Mac with 8 "
+        r"GB would hold it as it is; or allow more with MOELOCAL_MEMORY",
+        refused(capsys, "--no-results"),
     )
+
+
+def test_what_fits_nowhere_is_told_so(capsys, monkeypatch):
     monkeypatch.setattr(command, "_MACS", ())
     monkeypatch.setenv("MOELOCAL_MEMORY", "1MB")
-    assert refused(capsys) == (
-        "embedded: 18.5 MB of weights do not fit the 1.0 MB that a model may take here; no recipe makes it small "
-        "enough, and no Mac is large enough; or allow more with MOELOCAL_MEMORY"
+    assert refused(capsys, "--no-results") == (
+        "embedded: weights of 18.5 MB and 1.0 MB for one token do not fit the 1.0 MB that a model may take here; no "
+        "recipe makes it small enough, and no Mac is large enough; or allow more with MOELOCAL_MEMORY"
     )
 
 
 def test_a_context_for_which_memory_has_no_room_is_refused_with_the_one_that_fits(capsys, monkeypatch):
-    monkeypatch.setattr(command, "WORKING", 0)
     monkeypatch.setenv("MOELOCAL_MEMORY", "28MB")
     found = refused(capsys, "--contexts", "0,2048", "--no-results")
     assert re.fullmatch(

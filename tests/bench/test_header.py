@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
 import moelocal
-from moelocal.bench import header
+from moelocal.bench import bandwidth, header
 from moelocal.bench.bandwidth import REPETITIONS, WARM_UP, measure
 from moelocal.bench.header import (
     Header,
@@ -83,6 +84,7 @@ def test_the_command_hides_where_the_home_folder_is(monkeypatch):
     assert (
         command_line(["/src/benchmarks/speed.py", "--rounds", "3"]) == "python benchmarks/speed.py --rounds 3"
     )
+    assert command_line(["/src/moelocal/__main__.py", "bench", "--json"]) == "python -m moelocal bench --json"
     assert command_line(["x", "/Users/adams"]) == "x /Users/adams"
 
 
@@ -181,3 +183,17 @@ def test_the_bandwidth_is_of_the_median_copy_behind_a_warm_up():
     expected = 2 * (1 << 20) / ((REPETITIONS - 1) / 2 + 0.1)
     assert measure(1 << 20, clock=lambda: next(times)) == pytest.approx(expected, rel=1e-12)
     assert next(times, None) is None
+
+
+def test_on_the_cpu_all_cores_copy_at_once_and_together_all_of_it(monkeypatch):
+    together, copied = threading.Barrier(3, timeout=10), []
+
+    def copy(target, source):
+        together.wait()  # ends only if three threads are in here
+        copied.append((target.size, source.size, int(source[0])))
+
+    monkeypatch.setattr(bandwidth, "on_cpu", lambda: True)
+    monkeypatch.setattr(bandwidth, "cores", lambda: 3)
+    monkeypatch.setattr(bandwidth.np, "copyto", copy)
+    bandwidth._on_cpu(100)()
+    assert sorted(copied, reverse=True) == [(34, 34, 0), (33, 33, 67), (33, 33, 34)]

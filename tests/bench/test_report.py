@@ -100,6 +100,7 @@ def test_a_pair_is_reported_and_drawn_with_its_ratio(tmp_path):
         "  context  decode  pairs",
         "        0    2.00      1",
         "  loading    3.00",
+        "  no ratio of prefill at 0: a prompt of fewer than 64 tokens says nothing",
         "NOT the same tokens in 1 of 1 pairs:",
         "  context 0, round 1: they part at token 3; mlx-lm chose a row of the output that is no token",
     ]
@@ -112,6 +113,26 @@ def test_a_pair_is_reported_and_drawn_with_its_ratio(tmp_path):
     rows = [row for row in found.rows() if row.program == "moelocal : mlx-lm 2"]
     assert [(row.figure, row.value, row.remark) for row in rows] == [
         ("decode ratio", 2.0, "tokens part from token 3 on")
+    ]
+
+
+def test_a_ratio_stands_without_the_other_and_a_small_one_keeps_its_digits():
+    found = result((1, 2, 3, 4), (1, 2, 3, 4), "m at localhost:1")
+    ours, theirs = found.measured.runs[0, 0].values()
+    found.measured.contexts = (0, 512)
+    for number, slower in enumerate((9000, 11000)):
+        slow = replace(ours, prompt_tokens=512, first_seconds=slower)
+        in_one_piece = replace(theirs, prompt_tokens=512, rest_seconds=0.0)
+        found.measured.runs[512, number] = dict(zip(found.measured.sides, (slow, in_one_piece), strict=True))
+    shown = list(lines(found))
+    at = shown.index("moelocal beside m at localhost:1, in turns: times as fast (95 % interval)")
+    assert shown[at + 1 : at + 7] == [
+        "  context  decode  prefill                          pairs",
+        "        0    2.00                                       1",
+        "      512          0.000101 (2.81e-05 to 0.000360)      2",
+        "  loading    3.00",
+        "  no ratio of prefill at 0: a prompt of fewer than 64 tokens says nothing",
+        "  no ratio of decode at 512: an answer was of one token, or came in one piece",
     ]
 
 

@@ -108,6 +108,26 @@ def test_a_damaged_file_says_where(change, words, tmp_path):
     assert str(caught.value) == f"{file}: {words}"
 
 
+def test_a_file_that_append_would_refuse_is_known_before_measuring(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "machine_name", lambda: "apple-m4-max")
+    file = append(tmp_path, [ROW])
+    results.require_writable(tmp_path)
+    no_text = "is no text; move the file away, and a new one is begun"
+    other_columns = "unknown columns mood; move the file away, and a new one is begun"
+    whole = file.read_bytes()
+    for data, words in ((b"\xff\xfe\0", no_text), (whole.replace(b"remark", b"mood", 1), other_columns)):
+        file.write_bytes(data)
+        for call in (
+            lambda: read(file),
+            lambda: append(tmp_path, [ROW]),
+            lambda: results.require_writable(tmp_path),
+        ):
+            with pytest.raises(ConfigError) as caught:
+                call()
+            assert str(caught.value) == f"{file}: {words}"
+        assert file.read_bytes() == data
+
+
 def test_what_cannot_be_read_or_written_is_an_error_of_ours(tmp_path):
     with pytest.raises(ConfigError) as caught:
         read(tmp_path / "none.tsv")

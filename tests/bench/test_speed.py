@@ -160,7 +160,7 @@ def failing(at: str) -> Callable[[str], None]:
 def test_a_side_that_fails_at_a_context_is_left_out_from_there_on():
     log: Log = []
     found = run(Fake("moelocal", log), Fake("mlx-lm", log, fails=failing("512/")), contexts=(0, 512, 1024))
-    assert found.notes == ["mlx-lm: out of memory at 512 tokens, not measured from there on"]
+    assert found.notes == ["mlx-lm: out of memory (at 512 tokens; not measured from there on)"]
     sides = {where: sorted(sides) for where, sides in found.runs.items()}
     both, alone = ["mlx-lm", "moelocal"], ["moelocal"]
     assert sides == {(c, n): both if c == 0 else alone for c in (0, 512, 1024) for n in (0, 1)}
@@ -185,7 +185,7 @@ def test_resident_memory_is_that_of_a_process_that_has_read_no_longer_prompt(tog
 def test_a_peer_that_cannot_be_loaded_is_noted_and_ours_cannot_be_done_without():
     log: Log = []
     found = run(Fake("moelocal", log), Fake("mlx-lm", log, fails=failing("start")), loads=2)
-    assert found.notes == ["mlx-lm: out of memory, not measured"]
+    assert found.notes == ["mlx-lm: out of memory (not measured)"]
     assert all(set(sides) == {"moelocal"} for sides in found.runs.values())
     with pytest.raises(SideFailed, match=r"^mlx-lm: out of memory$"):
         run(Fake("moelocal", log, fails=failing("start")), Fake("mlx-lm", log))
@@ -193,7 +193,7 @@ def test_a_peer_that_cannot_be_loaded_is_noted_and_ours_cannot_be_done_without()
 
 
 def test_nothing_measured_is_an_error():
-    with pytest.raises(SideFailed, match=r"^mlx-lm: out of memory, not measured$"):
+    with pytest.raises(SideFailed, match=r"^mlx-lm: out of memory \(not measured\)$"):
         run(Fake("moelocal", [], fails=failing("0/")), contexts=(0,))
 
 

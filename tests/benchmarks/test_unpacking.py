@@ -62,6 +62,18 @@ def test_without_results_nothing_is_written(tmp_path, monkeypatch, capsys):
     assert "of it unpacking" in capsys.readouterr().out
 
 
+def test_only_a_run_as_the_table_has_it_is_noted_with_the_results_of_the_project(monkeypatch, capsys):
+    noted = []
+    monkeypatch.setattr(results, "append", lambda folder, rows: noted.append(folder))
+    monkeypatch.setattr(unpacking, "TOKENS", 8)
+    monkeypatch.setattr(unpacking, "ROUNDS", 1)
+    for flags in (["--tokens", "9"], ["--rounds", "2"]):
+        assert unpacking.main(flags) == 0
+    assert noted == []
+    assert unpacking.main([]) == 0
+    assert noted == [ROOT / "benchmarks" / "results"]
+
+
 def test_rounds_are_a_number_from_one(capsys):
     with pytest.raises(SystemExit) as ended:
         unpacking.main(["--rounds", "0"])

@@ -258,7 +258,7 @@ def test_plots_that_cannot_be_are_refused_before_anything_runs(tmp_path, capsys,
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert refused(capsys, *flags, tmp_path / "a.png") == (
-        "moelocal: error: --plot needs matplotlib: pip install 'moelocal[plot]'\n"
+        f"moelocal: error: --plot needs matplotlib: {sys.executable} -m pip install matplotlib\n"
     )
 
 

@@ -148,7 +148,7 @@ def test_without_resvg_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RequestError) as error:
         render.require_renderer()
-    assert str(error.value) == "drawing needs resvg: pip install 'moelocal[pelican]'"
+    assert str(error.value) == f"drawing needs resvg: {sys.executable} -m pip install resvg-py"
 
 
 def test_the_renderer_needs_nothing_of_the_package(resvg):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from statistics import median
 from time import perf_counter
@@ -11,6 +12,7 @@ from typing import Final
 import mlx.core as mx
 import numpy as np
 
+from moelocal.ops.cores import cores
 from moelocal.ops.op import on_cpu
 
 NBYTES: Final = 1 << 29
@@ -25,9 +27,9 @@ def measure(
 ) -> float:
     """Bytes read and written per second, the median of so many copies of an array of `nbytes` where MLX computes.
 
-    On a GPU each element is one larger in the copy, since MLX copies nothing that need not be. On the CPU one core
-    copies, as one core computes there most of a token, and NumPy does it: MLX would ask the system for fresh memory
-    each time, and measure that.
+    On a GPU each element is one larger in the copy, since MLX copies nothing that need not be. On the CPU all cores
+    copy, as all compute a large product (`moelocal.ops.cores`), and NumPy does it: MLX would ask the system for fresh
+    memory each time, and measure that.
     """
     copy = _on_cpu(nbytes) if on_cpu() else _on_gpu(nbytes)
     seconds = []
@@ -39,10 +41,12 @@ def measure(
     return 2 * nbytes / median(seconds)
 
 
-def _on_cpu(nbytes: int) -> Callable[[], None]:
+def _on_cpu(nbytes: int) -> Callable[[], object]:
     source = np.arange(nbytes, dtype=np.uint8)
     target = np.zeros_like(source)
-    return lambda: np.copyto(target, source)
+    parts = [np.array_split(whole, cores()) for whole in (target, source)]
+    threads = ThreadPoolExecutor(cores())
+    return lambda: list(threads.map(np.copyto, *parts))
 
 
 def _on_gpu(nbytes: int) -> Callable[[], None]:

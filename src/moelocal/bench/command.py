@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
+import mlx.core as mx
+
 from moelocal import flags
 from moelocal.bench import results
 from moelocal.bench.energy import Meter
@@ -24,7 +26,7 @@ from moelocal.bench.server import Server
 from moelocal.bench.speed import LOADS, ROUNDS, TOKENS, Report, contexts_of, measure
 from moelocal.config import ModelConfig
 from moelocal.engine.load import DTYPES
-from moelocal.engine.plan import VARIABLE, memory_limit, plan
+from moelocal.engine.plan import VARIABLE, Plan, plan
 from moelocal.errors import MemoryOverflow, RequestError
 from moelocal.ops.op import on_cpu
 from moelocal.quantize.once import prepared
@@ -187,24 +189,22 @@ def _both_fit(parsed: argparse.Namespace, config: ModelConfig, loaded: Loaded, c
 
 
 def require_fits(folder: Path, name: str, dtype: str | None) -> None:
-    """Raises `MemoryOverflow` for weights that are larger than what this machine has for them, and says what would
-    fit."""
-    found, limit = survey(folder), memory_limit()
-    if limit is None:
-        return
-    width = DTYPES[dtype].size if dtype else 4 if on_cpu() else found.dtype.size
+    """Raises `MemoryOverflow` for a model whose weights and work on one token do not fit into what this machine has for
+    them, and says what would fit."""
+    found = survey(folder)
+    computed = DTYPES[dtype] if dtype else mx.float32 if on_cpu() else found.dtype
     shapes = shapes_of(found.config)
 
-    def nbytes(recipe: str | None = None) -> int:
+    def planned(recipe: str | None = None) -> Plan:
         formats = found.packed if recipe is None else Recipe.open(recipe).plan(found.config, shapes)
-        return sizes(found.config, shapes, formats, width).nbytes
+        return plan(found.config, sizes(found.config, shapes, formats, computed.size).nbytes, computed, 1, 1)
 
-    needed = nbytes()
-    if needed <= limit:
+    made = planned()
+    if made.limit is None or made.fits:
         return
-    smaller = {recipe: small for recipe in BUILT_IN if (small := nbytes(recipe=recipe)) + WORKING <= limit}
+    smaller = {recipe: small.weights for recipe in BUILT_IN if (small := planned(recipe)).fits}
     best = max(smaller, key=lambda recipe: smaller[recipe], default=None)
-    macs = [gib for gib in _MACS if Memory.of(gib * GIB).usable >= needed + WORKING]
+    macs = [gib for gib in _MACS if Memory.of(gib * GIB).usable >= made.weights + WORKING]
     advice = []
     if best is not None:
         advice.append(
@@ -214,8 +214,8 @@ def require_fits(folder: Path, name: str, dtype: str | None) -> None:
         advice.append(f"a Mac with {macs[0]} GB would hold it as it is")
     told = "; ".join(advice) or "no recipe makes it small enough, and no Mac is large enough"
     raise MemoryOverflow(
-        f"{name}: {size(needed)} of weights do not fit the {size(limit)} that a model may take here; {told}; "
-        f"or allow more with {VARIABLE}"
+        f"{name}: weights of {size(made.weights)} and {size(made.nbytes - made.weights)} for one token do not fit the "
+        f"{size(made.limit)} that a model may take here; {told}; or allow more with {VARIABLE}"
     )
 
 
@@ -230,7 +230,7 @@ def _servers(parsed: argparse.Namespace) -> list[tuple[Server, str]]:
         if ":" not in peer.partition("=")[0]:
             raise RequestError(f"--against {peer}: expected {MLX_LM}, or an address like localhost:1234")
         server, name = Server.named(peer)
-        if (server, name) in found:
+        if any((each.port, each.base, other) == (server.port, server.base, name) for each, other in found):
             raise RequestError(f"--against {peer}: named twice")
         # not every server lists what it can serve, and some load a model when it is first asked
         server.chat([{"role": "user", "content": "Hi"}], model=name, max_tokens=1)

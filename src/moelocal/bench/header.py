@@ -35,7 +35,7 @@ _PIECE: Final = 1 << 16
 class Header:
     """A machine and the programs on it, at one moment.
 
-    `machine`: chip, cores and memory as a name for files; `memory` in bytes; `bandwidth`: bytes per second that MLX
+    `machine`: chip, cores and memory as a name for files; `memory` in bytes; `bandwidth`: bytes per second that it
     copies, measured; `power`: mode and source, as far as the system tells; `device`: where MLX computes; `moelocal`:
     the commit, or the version where the package is not in its repository; `date`: UTC, ISO 8601.
     """
@@ -139,9 +139,11 @@ def weights_hash(folder: Path) -> str:
 def command_line(arguments: Sequence[str] | None = None) -> str:
     """The command that runs, as a person would type it: without the folder of the program, the home folder as ~."""
     program, *rest = sys.argv if arguments is None else arguments
-    name = Path(program).name
-    if name.endswith(".py"):
-        place = Path(program)
+    place = Path(program)
+    name = place.name
+    if name == "__main__.py":
+        name = f"python -m {place.parent.name}"
+    elif name.endswith(".py"):
         name = f"python {'/'.join(place.parts[-2:])}"
     home = str(Path.home())
     # quoted by hand, so that ~ stays what a shell expands

@@ -239,6 +239,8 @@ class Served:
         except RequestError as error:
             raise SideFailed(str(error)) from None
         self._meter.joules(mark)  # of prompt and answer together: of no use
+        if not (reply.reasoning or reply.text):
+            raise SideFailed(f"{self.name}: it gave no text")
         tokens = tuple(self._encode(plain(reply.reasoning + reply.text)))
         ours = len(self._encode(prompt.text))
         prompt_tokens = reply.prompt_tokens or ours

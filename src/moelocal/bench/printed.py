@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from moelocal.bench.peers import MLX_LM, OURS
-from moelocal.bench.report import FIGURES, LOADING, RATIOS, Result
+from moelocal.bench.report import FIGURES, LEAST_PROMPT, LOADING, RATIOS, Result
 from moelocal.bench.results import STOPPED
 from moelocal.bench.speed import Figure
 from moelocal.evaluate.statistics import Estimate
@@ -23,6 +23,11 @@ _COLUMNS: Final = (
     ("resident,", "most"),
     ("decode,", "J/token"),
 )
+
+_WHY_NOT: Final = {
+    "decode": "an answer was of one token, or came in one piece",
+    "prefill": f"a prompt of fewer than {LEAST_PROMPT} tokens says nothing",
+}
 
 
 def lines(result: Result) -> Iterator[str]:
@@ -94,15 +99,20 @@ def _beside(result: Result, side: str) -> Iterator[str]:
     found = result.measured
     how = "in turns" if found.together else "each alone in memory, in turns by round"
     yield f"moelocal beside {result.title(side)}, {how}: times as fast (95 % interval)"
-    rows = []
+    rows, missing = [], dict[str, list[str]]()
     for context in found.contexts:
         ratios = {name: found.ratio(side, context, FIGURES[name][1]) for name in RATIOS}
-        if decode := ratios["decode"]:
+        if told := [each for each in ratios.values() if each]:
             cells = (_interval(each[0] if each else None) for each in ratios.values())
-            rows.append((f"{context:,}", *cells, str(decode[1])))
+            rows.append((f"{context:,}", *cells, str(max(pairs for _, pairs in told))))
+        if found.pairs(side, context):
+            for name in (name for name, each in ratios.items() if each is None):
+                missing.setdefault(name, []).append(f"{context:,}")
     if load := result.load_ratio(side):
         rows.append(("loading", _interval(load), "", ""))
     yield from _table((("", "context"), ("", "decode"), ("", "prefill"), ("", "pairs")), rows)
+    for name, contexts in missing.items():
+        yield f"  no ratio of {name} at {', '.join(contexts)}: {_WHY_NOT[name]}"
     said = result.agreement(side)
     exact = "" if side == MLX_LM else " (its text, cut by our tokenizer)"
     if said.same:
@@ -145,5 +155,5 @@ def _interval(estimate: Estimate | None) -> str:
     if estimate is None:
         return ""
     if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.2f}"
-    return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
+        return _number(estimate.value)
+    return f"{_number(estimate.value)} ({_number(estimate.low)} to {_number(estimate.high)})"

@@ -14,7 +14,7 @@ from moelocal.bench.speed import Figure, Measured, paired
 from moelocal.config import ModelConfig
 from moelocal.evaluate.statistics import Estimate
 
-_LEAST_PROMPT: Final = 64
+LEAST_PROMPT: Final = 64
 """Tokens of a prompt from which the speed of reading it says something."""
 
 _DTYPE_SIZES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -26,11 +26,11 @@ ended."""
 
 def prefill(sample: Sample) -> float | None:
     """Tokens per second; None where a prompt is too short to tell."""
-    return sample.prefill if sample.prompt_tokens >= _LEAST_PROMPT else None
+    return sample.prefill if sample.prompt_tokens >= LEAST_PROMPT else None
 
 
 def _prefill_energy(sample: Sample) -> float | None:
-    if sample.prefill_joules is None or sample.prompt_tokens < _LEAST_PROMPT:
+    if sample.prefill_joules is None or sample.prompt_tokens < LEAST_PROMPT:
         return None
     return sample.prefill_joules / (sample.prompt_tokens - sample.cached)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import moelocal
-from moelocal.bench.header import Header, Identity
+from moelocal.bench.header import Header, Identity, machine_name
 from moelocal.errors import ConfigError, RequestError
 from moelocal.whole import whole
 
@@ -74,16 +74,20 @@ def default_folder() -> Path:
 
 
 def require_writable(folder: Path) -> None:
-    """Before minutes of measuring: can rows be kept there? Raises `RequestError`."""
+    """Before minutes of measuring: can rows be kept there? Raises `RequestError`, and `ConfigError` for a file of this
+    machine that `append` would refuse."""
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise RequestError(f"--results {folder}: cannot be written; name another folder, or --no-results")
+    file = folder / f"{machine_name()}.tsv"
+    if file.exists():
+        _lines(_text(file), file)
 
 
 def append(folder: Path, rows: Iterable[Row]) -> Path:
     """Add rows to the file of their machine in `folder`, and give that file. Whoever reads it, or loses power, sees it
-    without any of these rows or with all. Raises `RequestError` if it cannot be written, `ConfigError` for a file with
-    other columns."""
+    without any of these rows or with all. Raises `RequestError` if it cannot be written, `ConfigError` for a file
+    that is no text or has other columns."""
     new = list(rows)
     (machine,) = {row.header.machine for row in new}
     file = folder / f"{machine}.tsv"
@@ -92,7 +96,7 @@ def append(folder: Path, rows: Iterable[Row]) -> Path:
         lock = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of two that add at once, each keeps what the other added
-            old = file.read_text() if file.exists() else ""
+            old = _text(file) if file.exists() else ""
             _lines(old, file)
             text = old or "\t".join(COLUMNS) + "\n"
             text += "" if text.endswith("\n") else "\n"
@@ -108,11 +112,16 @@ def append(folder: Path, rows: Iterable[Row]) -> Path:
 
 def read(file: Path) -> list[Row]:
     """All rows of a file, in order. Raises `ConfigError`, which names the line, for what is no file of results."""
+    return [_row(cells, f"{file}: line {number}") for number, cells in _lines(_text(file), file)]
+
+
+def _text(file: Path) -> str:
     try:
-        text = file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return [_row(cells, f"{file}: line {number}") for number, cells in _lines(text, file)]
+        return file.read_text()
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: is no text; move the file away, and a new one is begun") from None
 
 
 def _lines(text: str, file: Path) -> list[tuple[int, list[str]]]:

@@ -36,9 +36,9 @@ class Reply:
     `reasoning`: the thinking part, where the server parts it. `counted`: whether the server counted the tokens; if not,
     `prompt_tokens` is 0 and `completion_tokens` the number of pieces in which the text came (for most servers a token
     each), which is no count. `first_token_seconds`: from the request to the first piece of text (thinking included);
-    `last_token_seconds`: to the last one; `seconds`: to the end. `finish_reason`: "stop", "length", …, or empty.
-    `model`: as the server names it. `cached_tokens`: of the prompt, those that the server says it did not read again;
-    None where it does not say.
+    `last_token_seconds`: to the last one; `seconds`: to the end, and so are all three where there is no text.
+    `finish_reason`: "stop", "length", …, or empty. `model`: as the server names it. `cached_tokens`: of the prompt,
+    those that the server says it did not read again; None where it does not say.
     """
 
     text: str

@@ -257,8 +257,8 @@ class _Running:
 
     def fail(self, side: Side, context: int, error: SideFailed) -> None:
         self.limits[side.name] = context
-        where = f" at {context:,} tokens, not measured from there on" if context else ", not measured"
-        self.measured.notes.append(f"{error}{where}")
+        where = f"at {context:,} tokens; not measured from there on" if context else "not measured"
+        self.measured.notes.append(f"{error} ({where})")
         self.stop(side)  # what is left of it may be of no use; where it is needed it starts anew
 
     def say(self, side: Side, what: str) -> None:

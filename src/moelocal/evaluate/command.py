@@ -180,7 +180,7 @@ def _require_plot(file: Path) -> None:
     if not file.absolute().parent.is_dir():
         raise RequestError(f"--plot {file}: no folder {file.absolute().parent}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError("--plot needs matplotlib: pip install 'moelocal[plot]'")
+        raise RequestError(f"--plot needs matplotlib: {sys.executable} -m pip install matplotlib")
 
 
 @contextmanager

@@ -38,7 +38,7 @@ _FAMILIES: Final = {
 def require_renderer() -> None:
     """Raises `RequestError` if resvg is not installed."""
     if importlib.util.find_spec("resvg_py") is None:
-        raise RequestError("drawing needs resvg: pip install 'moelocal[pelican]'")
+        raise RequestError(f"drawing needs resvg: {sys.executable} -m pip install resvg-py")
 
 
 def png(svg: str, size: int, seconds: float = SECONDS) -> bytes:
