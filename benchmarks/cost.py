@@ -181,10 +181,12 @@ def main() -> int:
     parser.add_argument(
         "--log-seed", type=int, default=1, metavar="N", help="of the log (default %(default)s)"
     )
-    parser.add_argument("--keep", type=Path, metavar="FILE", help="write the log there, and keep it")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="write the log there, a new file, and keep it"
+    )
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of reading (default %(default)s)")
     parser.add_argument("--no-results", action="store_true", help="write no file of results")
-    command.add_flags(parser)
+    command.add_options(parser)
     parsed = parser.parse_args()
     if parsed.lines < 1 or parsed.rounds < 1:
         parser.error("--lines and --rounds: expected 1 or more")
@@ -192,11 +194,12 @@ def main() -> int:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Write the log, and measure. Raises `RequestError`, also if it cannot be written."""
+    """Write the log, and measure. Raises `RequestError`, also if it is there already or cannot be written."""
+    command.check(parsed)
     with tempfile.TemporaryDirectory() as folder:
         log = parsed.keep or Path(folder) / "log.jsonl"
         try:
-            with log.open("wb") as stream:
+            with log.open("xb") as stream:
                 stream.writelines(lines(parsed.lines, parsed.log_seed))
         except OSError as error:
             raise RequestError(f"{log}: the log cannot be written: {error.strerror}") from None
@@ -222,7 +225,7 @@ def measure(parsed: argparse.Namespace) -> None:
             Row(*facts, figure, unit, value, remark=remark) for figure, unit, value, remark in figures(report)
         ]
         results.append(parsed.results or results.default_folder(), rows)
-    command.run(parsed)
+    command.tell(parsed)
 
 
 def figures(report: Report) -> Iterator[tuple[str, str, float, str]]:

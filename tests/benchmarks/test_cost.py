@@ -34,7 +34,7 @@ def measured(tmp_path, monkeypatch, capsys, lines: int, header: Header) -> None:
     """Run the script on so many lines."""
     monkeypatch.setattr(script.Header, "now", lambda command: header)
     parser = argparse.ArgumentParser()
-    command.add_flags(parser)
+    command.add_options(parser)
     flags = (
         "--results",
         str(tmp_path),
@@ -91,6 +91,29 @@ def test_the_script_refuses_a_log_that_it_cannot_write(capsys, monkeypatch):
     assert capsys.readouterr().err == (
         "moelocal: error: /nope/x: the log cannot be written: No such file or directory\n"
     )
+
+
+def test_the_script_writes_over_nothing(tmp_path, capsys, monkeypatch):
+    mine = tmp_path / "mine"
+    mine.write_text("x")
+    for flag, message in (
+        ("--keep", f"{mine}: the log cannot be written: File exists"),
+        ("--rejects", f"{mine}: is there already, and is no list of such lines; name another file with --rejects, "
+                      "or move it away"),
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["benchmarks/cost.py", "--no-results", flag, str(mine)])
+        assert script.main() == 1
+        captured = capsys.readouterr()
+        assert (captured.out, captured.err) == ("", f"moelocal: error: {message}\n")
+        assert mine.read_text() == "x"
+
+
+def test_the_script_takes_no_log(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/cost.py", "--no-results", "no-such.jsonl"])
+    with pytest.raises(SystemExit) as caught:
+        script.main()
+    assert caught.value.code == 2
+    assert "error: unrecognized arguments: no-such.jsonl" in capsys.readouterr().err
 
 
 def test_the_script_reports_and_adds_its_seconds_to_the_results(tmp_path, capsys, monkeypatch):

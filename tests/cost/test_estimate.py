@@ -121,14 +121,15 @@ def test_what_failed_is_counted_by_reason():
 
 
 def test_volume_per_month_is_over_the_time_of_the_log():
-    sums = tally(call(when=MARCH), call(when=MAY), call(when=None))
-    assert sums.calls_per_month == pytest.approx(2 / 61 * 365.25 / 12)  # 61 days from March 5 to May 5
-    assert tally(call(), call()).calls_per_month is None
+    sums = tally(call(when=MARCH), call(when=MAY), call(when=None), call(model="other", when=MARCH))
+    assert sums.priced_per_month == pytest.approx(2 / 61 * 365.25 / 12)  # 61 days from March 5 to May 5
+    assert tally(call(), call()).priced_per_month is None
+    assert tally(call(model="other", when=MARCH), call(model="other", when=MAY)).priced_per_month is None
 
 
 def test_a_call_after_the_day_of_its_price_is_said():
     sums = tally(call(when=datetime(2026, 11, 22, tzinfo=UTC)))
-    assert dict(sums.assumed) == {"calls are younger than the day on which their price was read": 1}
+    assert dict(sums.assumed) == {"later than the day on which the price was read": 1}
 
 
 def test_names_without_end_do_not_fill_the_memory():

@@ -176,6 +176,9 @@ def test_a_flag_that_is_no_number_above_zero_is_refused(text, capsys):
     parser.add_argument("--x", type=local.number(0))
     with pytest.raises(SystemExit):
         parser.parse_args([f"--x={text}"])
-    assert f"argument --x: invalid number above 0 value: '{text}'" in capsys.readouterr().err
+    assert f"argument --x: expected a number above 0, got '{text}'\n" in capsys.readouterr().err
     parser.add_argument("--y", type=local.number(0, zero=True))
     assert parser.parse_args(["--y=0"]).y == 0.0
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--y=-1"])
+    assert "argument --y: expected a number from 0, got '-1'\n" in capsys.readouterr().err

@@ -21,7 +21,7 @@ def test_the_line_of_the_machine_ends_where_it_can_take_no_more():
     assert lines["API"] == ([0.0, 2000.0], [0.0, pytest.approx(400.0)])
     assert lines["this machine, and energy"] == ([0.0, 1500.0], [100.0, pytest.approx(250.0)])
     assert lines["no more than 1,500 calls fit into a month"] == ([1500.0], [pytest.approx(250.0)])
-    assert "break-even: 1,000 calls" in lines and "this log: 500 calls" in lines
+    assert "break-even: 1,000 calls" in lines and "this log: 500 priced calls" in lines
 
 
 def test_a_break_even_that_the_machine_cannot_reach_is_named_so():

@@ -115,10 +115,10 @@ def test_what_is_priced_without_a_price_of_its_own_is_said(table):
     price, other = (table.find(name, date(2026, 6, 1), 10) for name in ("m", "n"))
     assert price is not None and other is not None
     assert price.assumes(Tokens(fresh=5, cached=5), "batch") == ""
-    assert price.assumes(Tokens(written=5), "standard") == "calls had cache writes priced as input"
-    assert price.assumes(Tokens(), "priority") == "calls of tier priority were priced as standard ones"
-    assert other.assumes(Tokens(cached=5), "standard") == "calls had cached input priced as input"
-    assert other.assumes(Tokens(), "batch") == "batch calls were priced as standard ones"
+    assert price.assumes(Tokens(written=5), "standard") == "cache writes, priced as input"
+    assert price.assumes(Tokens(), "priority") == "of tier priority, priced as standard"
+    assert other.assumes(Tokens(cached=5), "standard") == "cached input, priced as input"
+    assert other.assumes(Tokens(), "batch") == "of a batch, priced as standard"
 
 
 def test_every_built_in_price_has_an_address_a_date_and_a_place_of_its_own():

@@ -13,6 +13,9 @@ import pytest
 
 import moelocal
 from moelocal.cli import main
+from moelocal.cost.record import append
+from moelocal.engine.completion import Completion, Timing, Usage
+from moelocal.errors import RequestError
 
 
 @pytest.mark.parametrize("extra", [[], ["--json"]])
@@ -94,3 +97,12 @@ def test_a_full_disk_costs_no_answer_and_leaves_no_half_line(tmp_path, capsys, m
         assert main(["chat", "--max-tokens", "4", "--no-thinking", "--log", str(log)]) == 0
     assert capsys.readouterr().err.splitlines().count(warning) == 2  # both are answered
     assert log.read_text() == before
+
+
+def test_a_log_that_cannot_be_written_says_so(tmp_path):
+    done = Completion("71", "", (), (5, 6), "stop", Usage(30, 2, 10), Timing(0.1, 0.5, 300.0, 20.0, 1))
+    with pytest.raises(RequestError) as caught:
+        append(tmp_path / "no" / "log.jsonl", "embedded", "Hi", done)
+    assert (
+        str(caught.value) == f"{tmp_path}/no/log.jsonl: the log cannot be written: No such file or directory"
+    )

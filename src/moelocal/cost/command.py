@@ -16,6 +16,7 @@ from typing import Any, Final
 from moelocal import hub, machine
 from moelocal.bench import results
 from moelocal.bench.header import machine_name
+from moelocal.config import ModelConfig
 from moelocal.cost import local, prices, private
 from moelocal.cost.estimate import Tally
 from moelocal.cost.local import number
@@ -38,10 +39,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "logs",
         nargs="*",
-        type=Path,
+        type=_file,
         metavar="LOG",
         help="a file of calls (.jsonl, .json, also .gz), or a folder of them",
     )
+    parser.add_argument(
+        "--copy-prices",
+        nargs="?",
+        type=_file,
+        const=Path(),
+        metavar="FILE",
+        help="copy the built-in prices to be edited, and leave; without FILE to ~/.config/moelocal/prices.toml, "
+        "which is used from then on",
+    )
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `cost` but for the logs, and for what is done instead of reading them."""
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it as .png, .svg or .pdf")
     parser.add_argument(
@@ -58,15 +73,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--local-as",
         metavar="MODEL",
         help="price the local calls of our own logs as if MODEL had answered them",
-    )
-    group.add_argument(
-        "--copy-prices",
-        nargs="?",
-        type=Path,
-        const=Path(),
-        metavar="FILE",
-        help="copy the built-in table to be edited, and leave; without FILE to ~/.config/moelocal/prices.toml, "
-        "which is used from then on",
     )
     group = parser.add_argument_group(
         "this machine (without a flag: as moelocal bench measured it, else assumed)"
@@ -135,35 +141,41 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.copy_prices is not None:
         to = prices.user_file() if parsed.copy_prices == Path() else parsed.copy_prices
         print(f"{prices.copy_table(to)}: the built-in prices, to be edited")
-        if not parsed.logs:
-            return
+        return
     if not parsed.logs:
         raise RequestError("name a log to read: a file or a folder")
-    _check(parsed)
-    report, sampler = survey(parsed)
-    lines = [_printable(line) for line in report.as_lines()]
-    print("\n".join(lines))
-    if parsed.rejects:
-        print(
-            f"\nrejects    {report.lines.rejected:,}, with their reasons: {_printable(str(parsed.rejects))}"
-        )
-    pairs: list[Pair] = []
-    if parsed.sample:
-        pairs = _ask_again(parsed, report, sampler, lines)
-    if parsed.json:
-        found = report.as_dict()
-        if parsed.sample:
-            found["sample"] = {
-                "page": str(parsed.page),
-                "offered": sampler.offered,
-                "pairs": [_facts(p) for p in pairs],
-            }
-        print(json.dumps(found))
-    if parsed.plot is not None:  # last: if its disk is full, the figures are there
-        # imported here: matplotlib takes a second, and is an extra
-        from moelocal.cost.plot import plot
+    check(parsed)
+    tell(parsed)
 
-        plot(report.tally, report.even, parsed.plot)
+
+def tell(parsed: argparse.Namespace) -> None:
+    """Read the logs and print the report; with the flags also a list of rejects, a sample, a picture."""
+    report, sampler = survey(parsed)
+    pairs: list[Pair] = []
+    # what was read and answered is in the JSON whatever fails behind it
+    try:
+        lines = [_printable(line) for line in report.as_lines()]
+        print("\n".join(lines))
+        if parsed.rejects:
+            rejected = f"{report.lines.rejected:,}, with their reasons"
+            print(f"\nrejects    {rejected}: {_printable(str(parsed.rejects))}")
+        if parsed.sample:
+            _ask_again(parsed, report, sampler, lines, pairs)
+        if parsed.plot is not None:
+            # imported here: matplotlib takes a second, and is an extra
+            from moelocal.cost.plot import plot
+
+            plot(report.tally, report.even, parsed.plot)
+    finally:
+        if parsed.json:
+            found = report.as_dict()
+            if parsed.sample:
+                found["sample"] = {
+                    "page": str(parsed.page),
+                    "offered": sampler.offered,
+                    "pairs": [_facts(pair) for pair in pairs],
+                }
+            print(json.dumps(found))
 
 
 def survey(parsed: argparse.Namespace) -> tuple[Report, Sampler]:
@@ -177,6 +189,8 @@ def survey(parsed: argparse.Namespace) -> tuple[Report, Sampler]:
     table = Prices.open(parsed.prices)
     if parsed.local_as and table.find(parsed.local_as, None, 0) is None:
         raise RequestError(f"--local-as {parsed.local_as}: no such model in {table.file}")
+    # before the logs are read: it may be damaged
+    rows = local.measured(parsed.results or results.default_folder(), machine_name())
     tally = Tally(table, counting.count, sampler.offer if parsed.sample else None, parsed.local_as)
     lines = Lines()
     started = time.perf_counter()
@@ -190,8 +204,6 @@ def survey(parsed: argparse.Namespace) -> tuple[Report, Sampler]:
     tally.finish()
     seconds = time.perf_counter() - started
     total = tally.total
-    folder = parsed.results or results.default_folder()
-    rows = local.measured(folder, machine_name())
     here = local.machine(
         rows,
         parsed.model,
@@ -205,7 +217,6 @@ def survey(parsed: argparse.Namespace) -> tuple[Report, Sampler]:
     everything = local.cost(here, total.prompt, total.output)
     even = None
     if parsed.machine_price is not None and total.priced:
-        volume = tally.calls_per_month
         tokens = total.priced_prompt + total.priced_output
         even = local.break_even(
             parsed.machine_price,
@@ -214,7 +225,7 @@ def survey(parsed: argparse.Namespace) -> tuple[Report, Sampler]:
             priced,
             total.priced,
             tokens,
-            volume * total.priced / total.calls if volume else None,
+            tally.priced_per_month,
         )
     return Report(logs, lines, tally, here, priced, everything, even, counting.name, seconds), sampler
 
@@ -234,11 +245,14 @@ class _Tokenizer:
         return len(self._tokenizer.encode(text.encode("utf-8", "replace").decode())) if text else 0
 
 
-def _ask_again(parsed: argparse.Namespace, report: Report, sampler: Sampler, lines: list[str]) -> list[Pair]:
+def _ask_again(
+    parsed: argparse.Namespace, report: Report, sampler: Sampler, lines: list[str], pairs: list[Pair]
+) -> None:
+    """Answer the sample, which goes into `pairs` one by one, and write the page."""
     recorded = texts(report.logs, sampler.drawn())
     if not recorded:
         print("\nsample: no billed call with its prompt and answer as text, so none can be asked again")
-        return []
+        return
     model = load(parsed.model, offline=True, progress=sys.stderr.isatty())
     thinking = False if parsed.no_thinking else None
 
@@ -247,7 +261,7 @@ def _ask_again(parsed: argparse.Namespace, report: Report, sampler: Sampler, lin
             model, messages, tools=tools, seed=parsed.seed, max_tokens=parsed.max_tokens, thinking=thinking
         )
 
-    pairs = list(_with_bar(recorded, answer))
+    pairs.extend(_with_bar(recorded, answer))
     # imported here: only a sample needs jinja2
     from moelocal.cost import page
 
@@ -262,10 +276,10 @@ def _ask_again(parsed: argparse.Namespace, report: Report, sampler: Sampler, lin
     )
     page.write(parsed.page, text)
     answered = [pair for pair in pairs if pair.done is not None]
+    prompts = "1 prompt" if len(pairs) == 1 else f"{len(pairs)} prompts"
     print(
-        f"\nsample     {len(answered)} of {len(pairs)} prompts answered by {model.name}: {_printable(str(parsed.page))}"
+        f"\nsample     {len(answered)} of {prompts} answered by {model.name}: {_printable(str(parsed.page))}"
     )
-    return pairs
 
 
 def _with_bar(recorded: list[Recorded], answer: Callable[..., Completion]) -> Iterator[Pair]:
@@ -292,16 +306,20 @@ def _facts(pair: Pair) -> dict[str, Any]:
     }
 
 
-def _check(parsed: argparse.Namespace) -> None:
-    """Before anything takes long: what could only fail at the end. Raises `RequestError`."""
+def check(parsed: argparse.Namespace) -> None:
+    """Before anything takes long: what could only fail at the end. Raises `RequestError`; for the model of a
+    sample also `ModelNotFound`, `ConfigError`, `UnsupportedModel`."""
     if not 0 <= parsed.sample <= _MOST_SAMPLED:
         raise RequestError(f"--sample {parsed.sample}: expected 0 to {_MOST_SAMPLED}")
     if parsed.sample and parsed.max_tokens < 1:
         raise RequestError(f"--max-tokens {parsed.max_tokens}: expected 1 or more")
     page_file = parsed.page if parsed.sample else None
+    written: dict[Path, str] = {}
     for flag, file in (("--plot", parsed.plot), ("--page", page_file), ("--rejects", parsed.rejects)):
         if file is None:
             continue
+        if (other := written.setdefault(file.resolve(), flag)) != flag:
+            raise RequestError(f"{flag} {file}: is the file of {other} too; name another one")
         if file.is_dir():
             raise RequestError(f"{flag} {file}: is a folder; expected the name of a file")
         if not file.absolute().parent.is_dir():
@@ -310,6 +328,7 @@ def _check(parsed: argparse.Namespace) -> None:
         from moelocal.cost import page  # imported here: only a sample needs jinja2
 
         page.require_own(parsed.page)
+        ModelConfig.read(hub.resolve(parsed.model, offline=True))
     if parsed.rejects is not None:
         private.require_own(
             parsed.rejects, b'{"rejected": ', "list of such lines; name another file with --rejects"
@@ -318,7 +337,14 @@ def _check(parsed: argparse.Namespace) -> None:
         if parsed.plot.suffix not in _PICTURES:
             raise RequestError(f"--plot {parsed.plot}: expected a name that ends in {', '.join(_PICTURES)}")
         if importlib.util.find_spec("matplotlib") is None:
-            raise RequestError("--plot needs matplotlib: pip install 'moelocal[plot]'")
+            raise RequestError(f"--plot needs matplotlib: {sys.executable} -m pip install matplotlib")
+
+
+def _file(text: str) -> Path:
+    """An argument that names a file or a folder; an empty one, as of a variable that is not set, would be `.`."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a file or a folder, got ''")
+    return Path(text)
 
 
 def _printable(text: str) -> str:

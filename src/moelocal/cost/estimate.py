@@ -12,7 +12,7 @@ from typing import Final
 from moelocal.cost.fields import Tokens
 from moelocal.cost.kinds import kind_of
 from moelocal.cost.logs import Place
-from moelocal.cost.prices import Prices
+from moelocal.cost.prices import Price, Prices
 from moelocal.cost.shapes import Entry
 
 UNNAMED: Final = "(no model named)"
@@ -89,9 +89,10 @@ class _Waiting:
 @dataclass(slots=True)
 class Tally:
     """All sums. `cells`: by model and kind; `months`: by month and model; `unpriced`: calls by model; `assumed`: calls
-    priced with an assumption, by it; `our_cells`: local calls, which nobody billed, by model and kind at the prices of
-    `local_as`, of which `ours_timed` have their time recorded, `ours_seconds` in all; `without_input`: calls whose
-    input is neither recorded nor on the line, so that their sums are too low."""
+    priced with an assumption, by it; `remarks`: calls by the remark of their price; `our_cells`: local calls, which
+    nobody billed, by model and kind at the prices of `local_as`, of which `ours_timed` have their time recorded,
+    `ours_seconds` in all; `without_input`: calls whose input is neither recorded nor on the line, so that their sums
+    are too low."""
 
     prices: Prices
     count: Count
@@ -107,6 +108,7 @@ class Tally:
     assumed: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
+    remarks: Counter[str] = field(default_factory=Counter)
     entries: int = 0
     repeated: int = 0
     unanswered: int = 0
@@ -163,13 +165,14 @@ class Tally:
         return sum(each.answered for each in self._requests.values())
 
     @property
-    def calls_per_month(self) -> float | None:
-        """Calls with a date, over the time from the first to the last; None if that is less than a day."""
+    def priced_per_month(self) -> float | None:
+        """Priced calls with a date, over the time from the first date to the last; None if there are none, or that is
+        less than a day."""
         if self.first is None or self.last is None:
             return None
         days = (self.last - self.first).total_seconds() / 86_400
-        dated = sum(each.calls for (month, _), each in self.months.items() if month != UNDATED)
-        return dated / days * 365.25 / 12 if days >= 1 else None
+        dated = sum(each.priced for (month, _), each in self.months.items() if month != UNDATED)
+        return dated / days * 365.25 / 12 if dated and days >= 1 else None
 
     def _request(self, place: Place, entry: Entry) -> None:
         if entry.custom_id is None:
@@ -193,6 +196,7 @@ class Tally:
             price = self.prices.find(self.local_as, day, tokens.prompt) if self.local_as else None
             ours = self.our_cells.setdefault((model, kind_of(entry)), Sum())
             ours.add(tokens, price.cost(tokens) if price else None, estimated)
+            self._remark(price)
             if entry.seconds is not None:
                 self.ours_timed += 1
                 self.ours_seconds += entry.seconds
@@ -222,11 +226,16 @@ class Tally:
             self.unpriced[model] += 1
             return None
         self.sources[price.source] += 1
+        self._remark(price)
         if assumption := price.assumes(tokens, entry.tier):
             self.assumed[_capped(assumption, self.assumed)] += 1
         if day is not None and day > price.read:
-            self.assumed["calls are younger than the day on which their price was read"] += 1
+            self.assumed["later than the day on which the price was read"] += 1
         return price.cost(tokens, batch=entry.tier == "batch")
+
+    def _remark(self, price: Price | None) -> None:
+        if price is not None and price.remark:
+            self.remarks[f"{', '.join(price.models)}: {price.remark}"] += 1
 
     def _estimate(self, entry: Entry) -> Tokens:
         if entry.prompt is None:

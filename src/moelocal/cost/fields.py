@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 _MOST_TOKENS: Final = 10**10
 """In one call. More is a damaged number, and would hide all others in a sum."""
 _TIMES: Final = ("timestamp", "created_at", "created", "time", "date", "start_time", "createdAt")
+_FIRST: Final = datetime(2020, 1, 1, tzinfo=UTC)
+"""An earlier date is none: nobody sold tokens, so it is a damaged number, and would spoil the volume per month."""
 _NAME: Final = 120
 _PLAIN_ROLES: Final = ("system", "developer", "user", "assistant")
 
@@ -211,16 +213,22 @@ def time_of(holder: Mapping[str, Any]) -> datetime | None:
 
 
 def _moment(value: object) -> datetime | None:
-    """Seconds or milliseconds since 1970, or ISO 8601 (UTC if it names no zone); None for anything else."""
+    """Seconds or milliseconds since 1970, or ISO 8601 (UTC if it names no zone); None for anything else, and for a date
+    before 2020 or more than a day from now."""
+    # a string of more digits than a day has (20260101) is a number
+    if isinstance(value, str) and len(value) > 8 and value.replace(".", "", 1).isdecimal():
+        value = float(value)
     try:
         if isinstance(value, str):
             when = datetime.fromisoformat(value)
-            return when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
-            return datetime.fromtimestamp(value / 1000 if value > 1e11 else value, UTC)
+            when = when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            when = datetime.fromtimestamp(value / 1000 if value > 1e11 else value, UTC)
+        else:
+            return None
     except (ValueError, OverflowError, OSError):
-        pass
-    return None
+        return None
+    return when if _FIRST <= when <= datetime.now(UTC) + timedelta(days=1) else None
 
 
 def seconds_of(outer: Mapping[str, Any]) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,12 +187,15 @@ def number(least: float, *, zero: bool = False) -> Callable[[str], float]:
     """An argument that is a finite number above `least`, or `least` itself with `zero`."""
 
     def read(text: str) -> float:
-        value = float(text)
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
         if not (least <= value < 1e12) or (value == least and not zero):
-            raise ValueError
+            expected = f"a number {'from' if zero else 'above'} {least:g}"
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
         return value
 
-    read.__name__ = "number above 0" if not zero else "number from 0"  # argparse names it in its message
     return read
 
 

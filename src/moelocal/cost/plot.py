@@ -64,7 +64,7 @@ def break_even(axes: Axes, even: BreakEven) -> None:
         label = f"break-even: {even.calls:,.0f} calls{reached}"
         axes.axvline(even.calls, color="black", linestyle="--", label=label)
     if even.calls_per_month is not None:
-        label = f"this log: {even.calls_per_month:,.0f} calls"
+        label = f"this log: {even.calls_per_month:,.0f} priced calls"
         axes.axvline(even.calls_per_month, color="gray", linestyle=":", label=label)
     axes.set(xlabel="calls per month", ylabel="US dollars per month", title="Break-even")
     axes.legend(fontsize=7)

@@ -56,15 +56,15 @@ class Price:
         return total / 1e6 * (self.batch if batch and self.batch is not None else 1.0)
 
     def assumes(self, tokens: Tokens, tier: str) -> str:
-        """What of these tokens was priced without a price of its own, in words; empty for nothing."""
+        """What of a call was priced without a price of its own, in words; empty for nothing."""
         if tier == "batch" and self.batch is None:
-            return "batch calls were priced as standard ones"
+            return "of a batch, priced as standard"
         if tier not in ("standard", "batch"):
-            return f"calls of tier {tier} were priced as standard ones"
+            return f"of tier {tier}, priced as standard"
         if tokens.cached and self.cached is None:
-            return "calls had cached input priced as input"
+            return "cached input, priced as input"
         if (tokens.written and self.written is None) or (tokens.written_hour and self.written_hour is None):
-            return "calls had cache writes priced as input"
+            return "cache writes, priced as input"
         return ""
 
 

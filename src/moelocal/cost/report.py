@@ -39,6 +39,7 @@ class Report:
         total = self.tally.total
         if not total.calls:
             yield ""
+            yield from self._remarks()
             yield "No call that somebody billed."
             if not self.tally.entries:
                 yield "Expected is a JSON object on each line: an answer as the APIs of OpenAI and Anthropic give or"
@@ -156,7 +157,7 @@ class Report:
                 f"{each.output:>12,}{dollars:>12}{mark}"
             )
             local = cost(self.machine, each.prompt, each.output)
-            figures = f"{local.seconds / 3600:>9,.1f}{_money(local.dollars, all_here.dollars):>9}"
+            figures = f"{_significant(local.seconds / 3600):>9}{_money(local.dollars, all_here.dollars):>9}"
             yield cells + figures if here else cells.rstrip()
         if any(each.priced and each.priced < each.calls for each in rows.values()):
             yield "  * some of these calls have no price and are not in the sum"
@@ -167,25 +168,30 @@ class Report:
         yield f"prices     {tally.prices.file}"
         for source, count in tally.sources.most_common():
             reads = max(each.read for each in tally.prices.entries if each.source == source)
-            yield f"           {count:>10,} {'call' if count == 1 else 'calls'}: {source}, read {reads}"
+            yield f"           {_calls(count)}: {source}, read {reads}"
         for assumption, count in tally.assumed.most_common():
-            yield f"           {count:>10,} {assumption}"
+            yield f"           {_calls(count)}: {assumption}"
+        yield from self._remarks()
         for model, count in tally.unpriced.most_common(_ROWS):
-            yield f"unpriced   {count:>10,} {'call' if count == 1 else 'calls'} of {model}: not in the table"
+            yield f"unpriced   {_calls(count)} of {model}: not in the table"
         if len(tally.unpriced) > _ROWS:
-            yield f"           and {len(tally.unpriced) - _ROWS} more models"
+            yield f"           and {_many(len(tally.unpriced) - _ROWS, 'more model')}"
         if tally.undated:
-            yield f"           {tally.undated:>10,} calls without a date, at the newest price"
+            yield f"undated    {_calls(tally.undated)} without a date from 2020 to today: at the newest price"
         if total.estimated:
-            yield f"estimated  {total.estimated:>10,} calls without recorded usage: texts counted with the tokenizer"
+            yield f"estimated  {_calls(total.estimated)} without recorded usage: texts counted with the tokenizer"
             yield f"           {'':>10} of {self.tokenizer}"
         if tally.without_input:
             yield f"           {tally.without_input:>10,} of them without their prompt: input not counted, sums too low"
 
+    def _remarks(self) -> Iterator[str]:
+        for remark, count in self.tally.remarks.most_common():
+            yield f"remark     {_calls(count)} of {remark}"
+
     def _local(self, total: Sum) -> Iterator[str]:
         machine, local = self.machine, self.local
         yield ""
-        yield f"here, on this machine, for the {total.priced:,} priced calls"
+        yield f"here, on this machine, for the {_many(total.priced, 'priced call')}"
         for name, figure, unit in (
             ("prefill", machine.prefill, "tokens/s"),
             ("decode", machine.decode, "tokens/s"),
@@ -202,7 +208,7 @@ class Report:
         if total.priced != total.calls:
             every = self.everything
             dollars = _money(every.dollars)
-            yield f"  All {total.calls:,} calls: {_hours(every.seconds)}, {every.kwh:,.4g} kWh, ${dollars}"
+            yield f"  In all {_many(total.calls, 'call')}: {_hours(every.seconds)}, {every.kwh:,.4g} kWh, ${dollars}"
 
     def _even(self, total: Sum) -> Iterator[str]:
         even = self.even
@@ -220,13 +226,13 @@ class Report:
         if even.most_calls is not None and even.most_calls < even.calls:
             yield f"  One after the other this machine answers {even.most_calls:,.0f} a month: it does not get there."
         if even.calls_per_month is None:
-            yield "  The log's own volume per month is unknown: its dates span less than a day."
+            yield "  The log's own volume per month is unknown: no priced call is dated, or all dates are within a day."
         elif even.months is not None:
             months = f"{even.months:,.1f} months"
             if even.months > 12 * even.years:
                 months += ", longer than it serves"
             volume, most = (
-                f"{even.calls_per_month:,.{0 if even.calls_per_month >= 10 else 2}f} calls/month",
+                f"{even.calls_per_month:,.{0 if even.calls_per_month >= 10 else 2}f} priced calls/month",
                 even.most_calls,
             )
             if most is not None and even.calls_per_month > most:
@@ -280,6 +286,7 @@ class Report:
             "sources": dict(tally.sources),
             "unpriced": dict(tally.unpriced),
             "assumed": dict(tally.assumed),
+            "remarks": dict(tally.remarks),
             "undated": tally.undated,
             "without_input": tally.without_input,
             "tokenizer": self.tokenizer,
@@ -293,6 +300,15 @@ class Report:
 
 def _many(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _calls(count: int) -> str:
+    return f"{count:>10,} call{'' if count == 1 else 's'}"
+
+
+def _significant(number: float) -> str:
+    """With three digits that say something, however small it is; all before the point where it is large."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _sum(each: Sum) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def parse(value: object) -> Entry:
             reason=fields.error_of(value["error"]),
         )
     if "model" in value and ("messages" in value or "input" in value):
-        return _request(value, value)
+        return _request(value, value) if value.get("usage") is None else _with_usage(value)
     keys = ", ".join(sorted(clean(key) for key in value)[:6])
     raise UnknownShape(f"an object with {keys}" if keys else "an empty object")
 
@@ -247,6 +247,27 @@ def _request(request: Mapping[str, Any], outer: Mapping[str, Any]) -> Entry:
     when = fields.time_of(request) or fields.time_of(outer)
     return Entry(
         "request", "request", fields.model_of(request, outer), when, prompt=fields.prompt_of(request)
+    )
+
+
+def _with_usage(value: Mapping[str, Any]) -> Entry:
+    """A request with recorded usage beside it: a call, though its answer has no form of the APIs."""
+    usage = fields.as_object(value["usage"], "usage")
+    # beside its input, not as part of it, only Anthropic counts what a cache read or wrote
+    beside = "prompt_tokens" not in usage and any(key.startswith("cache_") for key in usage)
+    tokens = fields.anthropic_tokens(usage) if beside else fields.openai_tokens(usage)
+    if tokens is None:
+        raise UnknownShape("a request with usage, but neither input_tokens nor prompt_tokens in it")
+    entry, answer = _request(value, value), value.get("output")
+    return replace(
+        entry,
+        shape="request with its usage",
+        outcome="call",
+        tokens=tokens,
+        answer=answer if isinstance(answer, str) else None,
+        tier=fields.tier_of(value),
+        seconds=fields.seconds_of(value),
+        identity=_identity(value, {"model": entry.model}, tokens),
     )
 
 
