@@ -21,11 +21,11 @@ from moelocal.ops.op import on_cpu
 T = TypeVar("T")
 
 LEAST = 1 << 18
-"""Weights from which a part pays for a thread of its own. On one core of an AMD EPYC they take 180 microseconds, handing
-them over and waiting takes about 50 (2026-11-21, `python benchmarks/cores.py`)."""
+"""Weights from which a part pays for a thread of its own. On one core of an AMD EPYC they take 180 microseconds,
+handing them over and waiting takes about 50 (2026-11-21, `python benchmarks/cores.py`)."""
 
 AHEAD: Final = 2
-"""Results that are made while the caller of `ahead` works on another: each takes memory, which `engine/plan.py` counts."""
+"""Results that are made while the caller of `ahead` works on another. Each takes memory: `engine/plan.py` counts it."""
 
 
 def cut(count: int, weights: int) -> list[slice]:
