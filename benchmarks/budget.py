@@ -1,6 +1,6 @@
 """What one decoded token costs, counted without weights and without a Mac, beside mlx-lm.
 
-    python benchmarks/budget.py [--json] [--config FILE] [--context N] [--rounds N]
+    python benchmarks/budget.py [--json] [--config FILE] [--context N] [--rounds N] [--results FOLDER]
 
 A decode step of this library with its kernels on, and of mlx-lm (extra `compare`), is traced and never evaluated
 (ledger/trace.py). Weights are plain 4-bit, activations bfloat16, sampling greedy. The tables hold:
@@ -13,7 +13,8 @@ A decode step of this library with its kernels on, and of mlx-lm (extra `compare
   Predicted, not measured: nothing here ran on a Mac.
 - host: microseconds to build the graph of a step, both in turns in this run (left out: see ledger/host.py).
 
-With --json the last line is one JSON object.
+With --results the counts and predictions are added to the results there, for the table of docs/benchmarks.md. With
+--json the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +33,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from moelocal.bench import results
+from moelocal.bench.header import Header, command_line
+from moelocal.bench.results import Row
 
 HERE = Path(__file__).parent
 FLAGSHIP = HERE / "configs" / "qwen3.6-35b-a3b.json"
@@ -88,6 +94,27 @@ def predict(chips: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
         / (found["nbytes"] / (facts["effective"] * 1e9) + found["launches"] * launch_seconds(chips, chip))
         for chip, facts in chips["chips"].items()
     }
+
+
+def rows_of(
+    header: Header, chips: dict[str, Any], sides: dict[str, dict[str, Any]], config: str, context: int
+) -> Iterator[Row]:
+    """Counts and predictions of each side, what Apple states, and what others have published for stock MLX."""
+    where = f"config={config} context={context}"
+    names = {OURS: OURS, THEIRS: f"{THEIRS} {version(THEIRS)}" if THEIRS in sides else ""}
+    for side, found in sides.items():
+        for figure, unit in (("launches", "launches"), ("nbytes", "bytes"), ("longest_chain", "launches")):
+            yield Row(header, None, "budget", names[side], where, figure, unit, found[figure])
+        for chip, rate in predict(chips, found).items():
+            setting, remark = f"{where} chip={chip.replace(' ', '-')}", "not measured by anybody"
+            yield Row(header, None, "budget", names[side], setting, "predicted", "tokens/s", rate, remark=remark)
+    for chip, facts in chips["chips"].items():
+        setting = f"{where} chip={chip.replace(' ', '-')}"
+        peak = facts["peak"] * 1e9
+        yield Row(header, None, "budget", "chip", setting, "bandwidth", "bytes/s", peak, remark="stated by Apple")
+        if "stock" in facts:
+            rate, source = facts["stock"], facts["source"]
+            yield Row(header, None, "budget", "stock MLX", setting, "published", "tokens/s", rate, remark=source)
 
 
 def show_counts(console: Console, name: str, context: int, sides: dict[str, dict[str, Any]]) -> None:
@@ -173,6 +200,7 @@ def main() -> None:
     )
     parser.add_argument("--context", type=int, default=0, help="tokens before this one; default: 0")
     parser.add_argument("--rounds", type=int, default=30, help="of the host timing, 0 for none; default: 30")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="add the figures to the results there")
     parser.add_argument("--count", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if not parsed.config.is_file():
@@ -204,6 +232,9 @@ def main() -> None:
             f"Host, building the graph of one step (encoding its launches not included), median of {parsed.rounds} "
             f"in turns: {mine:,.0f} us, mlx-lm {other:,.0f} us, ratio {ratio:.2f}."
         )
+    if parsed.results:
+        rows = rows_of(Header.now(command_line()), chips, sides, parsed.config.stem, parsed.context)
+        console.print(f"results    {results.append(parsed.results, rows)}")
     if parsed.json:
         ours, theirs = sides[OURS], sides.get(THEIRS)
         figures = {

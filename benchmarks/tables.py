@@ -6,7 +6,7 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; what is between is replaced. It is of the
 last complete run that has its figures, per machine (and model), Macs first, with machine, date, versions and command.
 Names: `speed`, `scale-slice`, `scale-context`, `scale-experts`, `scale-layers`, `scale-exponents`, `scale-memory`,
-`unpacking`, `cost`. Each has a place on some page.
+`unpacking`, `predicted`, `cost`. Each has a place on some page.
 """
 
 from __future__ import annotations
@@ -324,6 +324,27 @@ def _unpacking(found: Sequence[Row]) -> Iterator[str]:
     yield f"A prompt of {tokens} tokens, medians of {found[0].count} rounds. {_source(found)}."
 
 
+def _predicted(found: Sequence[Row]) -> Iterator[str]:
+    """Counts of a token, and what the two-term model makes of them on each chip."""
+    counts = {(row.program.split()[0], row.figure): row.value for row in found if "chip" not in row.settings}
+    sides = [side for side in ("moelocal", "mlx-lm") if (side, "launches") in counts]
+    heads = (*(f"{side}, PREDICTED" for side in sides), "ours, of peak bandwidth", "stock MLX, published by others")
+    yield from _table("chip", *heads)
+    chips: dict[str, dict[str, float]] = {}
+    for row in found:
+        if "chip" in row.settings:
+            chips.setdefault(row.settings["chip"].replace("-", " "), {})[row.program.split()[0]] = row.value
+    for chip, by in chips.items():
+        share = by["moelocal"] * counts["moelocal", "nbytes"] / by["chip"]
+        published = _number(by["stock"]) if "stock" in by else ""
+        yield _line((chip, *(f"{by[side]:.0f}" for side in sides), f"{share:.0%}", published))
+    each = "; ".join(
+        f"{side}: {counts[side, 'launches']:,.0f} launches, {counts[side, 'nbytes'] / 1e6:,.0f} MB" for side in sides
+    )
+    yield ""
+    yield f"Tokens/s of decoding. Counted for one token, {each}. {_source(found)}."
+
+
 def _amount(row: Row) -> str:
     return f"{row.value / 1e6:,.0f}" if row.unit == "bytes" else _number(row.value)
 
@@ -348,6 +369,7 @@ TABLES: Final[dict[str, tuple[Callable[[Row], bool], Callable[[Sequence[Row]], I
     **{f"scale-{name}": (_axis(name), _scale) for name in ("slice", "context", "experts", "layers")},
     "scale-exponents": (lambda row: row.benchmark == "scale" and row.unit == "exponent", _exponents),
     "scale-memory": (_axis("context"), _memory),
+    "predicted": (lambda row: row.benchmark == "budget", _predicted),
     "unpacking": (lambda row: row.benchmark == "unpacking", _unpacking),
     "cost": (lambda row: row.benchmark == "cost" and row.settings.get("lines") == "10000", _cost),
 }
