@@ -100,7 +100,14 @@ class Attention:
         return linear(heads, self.out)
 
     def __call__(
-        self, x: mx.array, cache: AttentionCache, position: int, padding: mx.array | None
+        self,
+        x: mx.array,
+        cache: AttentionCache,
+        position: int,
+        padding: mx.array | None,
+        rows: int | None = None,
     ) -> mx.array:
         q, stored, gate = self.prologue(x, position if padding is None else position - padding)
+        if rows is not None:  # keys and values are kept of all positions, the others ask for nothing
+            q, gate = q[:, :, -rows:], None if gate is None else gate[:, -rows:]
         return self.epilogue(self.attend(q, stored, gate, cache, padding))

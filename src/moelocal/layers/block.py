@@ -58,7 +58,7 @@ class Block:
         normed = rms_norm(x, self.before_mixer, self.eps)
         if isinstance(self.mixer, Attention):
             assert isinstance(cache, AttentionCache)
-            mixed = self.mixer(normed, cache, position, padding)
+            mixed = self.mixer(normed, cache, position, padding, rows)
         else:
             assert isinstance(cache, RecurrentCache)
             mixed = self.mixer(normed, cache, valid)
