@@ -107,14 +107,20 @@ def rows_of(
             yield Row(header, None, "budget", names[side], where, figure, unit, found[figure])
         for chip, rate in predict(chips, found).items():
             setting, remark = f"{where} chip={chip.replace(' ', '-')}", "not measured by anybody"
-            yield Row(header, None, "budget", names[side], setting, "predicted", "tokens/s", rate, remark=remark)
+            yield Row(
+                header, None, "budget", names[side], setting, "predicted", "tokens/s", rate, remark=remark
+            )
     for chip, facts in chips["chips"].items():
         setting = f"{where} chip={chip.replace(' ', '-')}"
         peak = facts["peak"] * 1e9
-        yield Row(header, None, "budget", "chip", setting, "bandwidth", "bytes/s", peak, remark="stated by Apple")
+        yield Row(
+            header, None, "budget", "chip", setting, "bandwidth", "bytes/s", peak, remark="stated by Apple"
+        )
         if "stock" in facts:
             rate, source = facts["stock"], facts["source"]
-            yield Row(header, None, "budget", "stock MLX", setting, "published", "tokens/s", rate, remark=source)
+            yield Row(
+                header, None, "budget", "stock MLX", setting, "published", "tokens/s", rate, remark=source
+            )
 
 
 def show_counts(console: Console, name: str, context: int, sides: dict[str, dict[str, Any]]) -> None:

@@ -169,7 +169,10 @@ def _runs(rows: Sequence[Row], wanted: Callable[[Row], bool]) -> Iterator[list[R
 def _source(rows: Sequence[Row]) -> str:
     """Where figures come from: machine, date, versions, command."""
     head = rows[0].header
-    found = dict.fromkeys(row.program for row in rows if " : " not in row.program and row.program != "work")
+    others = ("work", "chip", "stock MLX")  # which did not run
+    found = dict.fromkeys(
+        row.program for row in rows if " : " not in row.program and row.program not in others
+    )
     programs = [f"moelocal {head.moelocal}" if each == "moelocal" else each for each in found]
     return (
         f"{_machine(head)}, {head.system.split(',')[0]}, MLX {head.mlx} on {head.device}; {head.date[:10]}; "
@@ -328,7 +331,11 @@ def _predicted(found: Sequence[Row]) -> Iterator[str]:
     """Counts of a token, and what the two-term model makes of them on each chip."""
     counts = {(row.program.split()[0], row.figure): row.value for row in found if "chip" not in row.settings}
     sides = [side for side in ("moelocal", "mlx-lm") if (side, "launches") in counts]
-    heads = (*(f"{side}, PREDICTED" for side in sides), "ours, of peak bandwidth", "stock MLX, published by others")
+    heads = (
+        *(f"{side}, PREDICTED" for side in sides),
+        "ours, of peak bandwidth",
+        "stock MLX, published by others",
+    )
     yield from _table("chip", *heads)
     chips: dict[str, dict[str, float]] = {}
     for row in found:
@@ -339,7 +346,8 @@ def _predicted(found: Sequence[Row]) -> Iterator[str]:
         published = _number(by["stock"]) if "stock" in by else ""
         yield _line((chip, *(f"{by[side]:.0f}" for side in sides), f"{share:.0%}", published))
     each = "; ".join(
-        f"{side}: {counts[side, 'launches']:,.0f} launches, {counts[side, 'nbytes'] / 1e6:,.0f} MB" for side in sides
+        f"{side}: {counts[side, 'launches']:,.0f} launches, {counts[side, 'nbytes'] / 1e6:,.0f} MB"
+        for side in sides
     )
     yield ""
     yield f"Tokens/s of decoding. Counted for one token, {each}. {_source(found)}."

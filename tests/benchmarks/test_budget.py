@@ -20,9 +20,11 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import budget  # noqa: E402
+import tables  # noqa: E402
 from ledger.dispatches import Device  # noqa: E402
 from ledger.trace import as_on_metal, hold, region, trace  # noqa: E402
 
+from moelocal.bench.header import Header  # noqa: E402
 from moelocal.config import DeltaNetSpec  # noqa: E402
 from moelocal.formats import QuantizedArray, QuantSpec  # noqa: E402
 from moelocal.ops import delta_net, experts, route  # noqa: E402
@@ -305,3 +307,24 @@ def test_a_row_is_written_in_place_where_only_the_cache_holds_the_buffer(x):
 
     assert launches(lambda: write(held=True)) == ["SliceUpdate"]
     assert launches(lambda: write(held=False)) == ["copy", "SliceUpdate"]
+
+
+def test_predictions_are_rows_that_say_so_and_a_table():
+    chips = json.loads((ROOT / "benchmarks/ledger/chips.json").read_text())
+    counts = {"launches": 402, "nbytes": 1_799_005_176, "longest_chain": 399}
+    header = Header(
+        "m", "C", 2, 1 << 30, 1.0, "", "Linux", "3", "0", "cpu", "abc", "2026-01-01T00:00:00Z", "budget.py"
+    )
+    rows = list(budget.rows_of(header, chips, {budget.OURS: counts}, "flagship", 0))
+    predicted = [row for row in rows if row.figure == "predicted"]
+    assert len(predicted) == len(chips["chips"])
+    assert {row.remark for row in predicted} == {"not measured by anybody"}
+    table = tables.made("predicted", rows).splitlines()
+    assert (
+        table[0]
+        == "| chip | moelocal, PREDICTED | ours, of peak bandwidth | stock MLX, published by others |"
+    )
+    # seconds: bytes over the bandwidth of large reads, and 402 launches at what one costs there
+    seconds = 1_799_005_176 / 464e9 + 402 * (1 / 105.5 - 1_798_400_000 / 464e9) / 1859
+    share = 1_799_005_176 / seconds / 546e9
+    assert f"| M4 Max | {1 / seconds:.0f} | {share:.0%} | 106 |" in table
