@@ -208,10 +208,11 @@ class _Shape:
     def work(self, time: int, keys: int, rows: int) -> int:
         """A step of `time` positions in each of `rows` rows, the last of them at `keys`."""
         choosing = SAMPLING * 4 * self.config.vocab
+        *others, last = ((each, time) for each in self.config.layers)
         return rows * choosing + max(
-            rows * (time * self._layer(each) + self._beside(each.mixer, time, keys))
+            rows * (time * self._layer(each) + self._beside(each.mixer, asking, keys))
             + self._unpacked(each, time)
-            for each in self.config.layers
+            for each, asking in (*others, (last[0], 1))  # in the last layer one position asks
         )
 
     def _beside(self, spec: AttentionSpec | DeltaNetSpec, time: int, keys: int) -> int:
