@@ -30,9 +30,10 @@ from parity.checkpoints import Recipe, tokens, write
 
 UNLIMITED = "1000TB"
 
-MOST = 3.0
+MOST = 3.5
 """Planned over measured bytes, at most, on the embedded model in float32. Its long prompts go through NumPy, which MLX
-does not count: the whole process grew by half of what is planned. Measured 1.02 (short prompts) to 2.7."""
+does not count: the whole process grew by half of what is planned. Measured 1.02 (short prompts) to 3.1: what is
+unpacked ahead is planned as if all weights were packed, and how much of it is there at once depends on the moment."""
 
 MOST_IN_MLX = 2.0
 """The same in bfloat16, where MLX computes everything. Measured 1.0 to 1.9."""
