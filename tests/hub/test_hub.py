@@ -593,7 +593,9 @@ def run(program: str, server: Server, cache: Path, **more: object) -> subprocess
     variables = {
         key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))
     }
-    program = f"from moelocal import hub\nfrom moelocal.errors import ModelNotFound\n{program}"
+    # a shell's background job ignores Ctrl-C, and so would this process if the tests run in one
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{heard}\nfrom moelocal import hub\nfrom moelocal.errors import ModelNotFound\n{program}"
     return subprocess.Popen(
         [sys.executable, "-c", program],
         env=variables | environment(server, cache),
