@@ -43,11 +43,6 @@ def swiglu(parts: list[mx.array]) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
-def _plain(weight: Weight) -> mx.array:
-    wide = weight.astype(mx.float32)  # scales and biases too: `mx.dequantize` rounds to their dtype
-    return wide.dequantize(mx.float32) if isinstance(wide, QuantizedArray) else wide
-
-
 def reference(
     x: mx.array,
     routed: SwiGLU,
@@ -58,15 +53,15 @@ def reference(
     residual: mx.array | None,
 ) -> mx.array:
     wide = x.astype(mx.float32)
-    gate, up = mx.split(mx.concatenate([_plain(w) for w in routed.gate_up], axis=-2), 2, axis=-2)  # [E, I, H]
+    gate, up = mx.split(mx.concatenate([dense(w) for w in routed.gate_up], axis=-2), 2, axis=-2)  # [E, I, H]
     total = mx.zeros_like(wide) if residual is None else residual.astype(mx.float32)
     column = wide[..., None]
     for k in range(chosen.shape[-1]):
         e = chosen[..., k]
         hidden = (gate[e] @ column) * mx.sigmoid(gate[e] @ column) * (up[e] @ column)  # [..., I, 1]
-        total = total + weights[..., k, None] * (_plain(routed.down)[e] @ hidden)[..., 0]
+        total = total + weights[..., k, None] * (dense(routed.down)[e] @ hidden)[..., 0]
     if shared is not None and share is not None:
-        out = swiglu([wide @ _plain(w).T for w in shared.gate_up]) @ _plain(shared.down).T
+        out = swiglu([wide @ dense(w).T for w in shared.gate_up]) @ dense(shared.down).T
         total = total + share * out
     return total.astype(x.dtype)
 

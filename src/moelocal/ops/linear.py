@@ -5,15 +5,14 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from moelocal.formats import QuantizedArray, Weight
+from moelocal.formats import Weight
 from moelocal.ops.cores import ahead, cut, on_cores
 from moelocal.ops.host import Host, borrow, dense, many_rows
 from moelocal.ops.op import Op
 
 
 def reference(x: mx.array, weight: Weight) -> mx.array:
-    plain = weight.dequantize(mx.float32) if isinstance(weight, QuantizedArray) else weight.astype(mx.float32)
-    return (x.astype(mx.float32) @ plain.T).astype(x.dtype)
+    return (x.astype(mx.float32) @ dense(weight).T).astype(x.dtype)
 
 
 def portable(x: mx.array, weight: Weight) -> mx.array:
