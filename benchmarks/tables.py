@@ -22,7 +22,6 @@ from typing import Final
 from scale_report import FIGURES, pairs
 
 from moelocal.bench import results
-from moelocal.bench.header import Header
 from moelocal.bench.results import STOPPED, Row
 from moelocal.chat.command import exit_code
 from moelocal.errors import ConfigError, RequestError
@@ -130,7 +129,7 @@ def made(name: str, rows: Sequence[Row]) -> str:
     parts = []
     for run in found:
         model = run[0].model.name if run[0].benchmark == "speed" and run[0].model else ""
-        title = f"**{', '.join(filter(None, (_machine(run[0].header), model)))}**"
+        title = f"**{', '.join(filter(None, (run[0].header.words, model)))}**"
         parts.append("\n".join((*((title, "") if len(found) > 1 else ()), *table(run))))
     return "\n\n".join(parts)
 
@@ -175,13 +174,9 @@ def _source(rows: Sequence[Row]) -> str:
     )
     programs = [f"moelocal {head.moelocal}" if each == "moelocal" else each for each in found]
     return (
-        f"{_machine(head)}, {head.system.split(',')[0]}, MLX {head.mlx} on {head.device}; {head.date[:10]}; "
+        f"{head.words}, {head.system.split(',')[0]}, MLX {head.mlx} on {head.device}; {head.date[:10]}; "
         f"{', '.join(programs)}: `{head.command}`"
     )
-
-
-def _machine(head: Header) -> str:
-    return f"{head.chip}, {head.cores} cores, {head.memory / 2**30:.0f} GB"
 
 
 def _table(*columns: str) -> list[str]:
