@@ -208,11 +208,12 @@ class _Shape:
     def work(self, time: int, keys: int, rows: int) -> int:
         """A step of `time` positions in each of `rows` rows, the last of them at `keys`."""
         choosing = SAMPLING * 4 * self.config.vocab
-        *others, last = ((each, time) for each in self.config.layers)
+        layers = self.config.layers
+        asking = [time] * (len(layers) - 1) + [1]  # of the last layer one position is asked for
         return rows * choosing + max(
-            rows * (time * self._layer(each) + self._beside(each.mixer, asking, keys))
+            rows * (time * self._layer(each) + self._beside(each.mixer, queries, keys))
             + self._unpacked(each, time)
-            for each, asking in (*others, (last[0], 1))  # in the last layer one position asks
+            for each, queries in zip(layers, asking, strict=True)
         )
 
     def _beside(self, spec: AttentionSpec | DeltaNetSpec, time: int, keys: int) -> int:
