@@ -1,10 +1,15 @@
-"""Flags that mean the same in every command that has them."""
+"""Flags that mean the same in every command that has them, and what they must hold."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final
+
+from moelocal.errors import RequestError
 
 _MODEL: Final = "a folder or a Hugging Face name; else the embedded one"
 _FLAGS: Final[dict[str, dict[str, Any]]] = {
@@ -41,6 +46,22 @@ def integer(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+PICTURES: Final = (".png", ".svg", ".pdf")
+"""What a picture's name may end in."""
+
+
+def require_plot(file: Path, endings: Sequence[str] = PICTURES) -> None:
+    """Of --plot, before hours of computing: can it be drawn at the end? Raises `RequestError`."""
+    if file.suffix not in endings:
+        raise RequestError(f"--plot {file}: expected a name that ends in {', '.join(endings)}")
+    if file.is_dir():
+        raise RequestError(f"--plot {file}: is a folder; expected the name of a file")
+    if not file.absolute().parent.is_dir():
+        raise RequestError(f"--plot {file}: no folder {file.absolute().parent}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RequestError(f"--plot needs matplotlib: {sys.executable} -m pip install matplotlib")
 
 
 def add(parser: argparse._ActionsContainer, *names: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -298,7 +299,7 @@ def test_the_json_holds_what_was_answered_before_somebody_stopped_it(
 
 
 def test_matplotlib_is_asked_for_in_a_form_that_works_anywhere(cost, log, monkeypatch, capsys):
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cost(log, "--plot", "cost.png") == 1
     assert capsys.readouterr().err == (
         f"moelocal: error: --plot needs matplotlib: {sys.executable} -m pip install matplotlib\n"

@@ -95,7 +95,8 @@ def run(parsed: argparse.Namespace) -> None:
     """Measure how fast a model is on this machine: reading prompts and decoding at growing contexts, loading, memory,
     energy where the system tells; beside other programs with --against. Nothing leaves this machine but the download
     of a model that is not here yet."""
-    _require_plot(parsed.plot)
+    if parsed.plot is not None:
+        flags.require_plot(parsed.plot, (".png",))
     noted = None if parsed.no_results else parsed.results or results.default_folder()
     if noted is not None:
         results.require_writable(noted)
@@ -236,18 +237,6 @@ def _servers(parsed: argparse.Namespace) -> list[tuple[Server, str]]:
         server.chat([{"role": "user", "content": "Hi"}], model=name, max_tokens=1)
         found.append((server, name))
     return found
-
-
-def _require_plot(file: Path | None) -> None:
-    """Before minutes of measuring: can it be drawn at the end? Raises `RequestError`."""
-    if file is None:
-        return
-    if file.suffix != ".png":
-        raise RequestError(f"--plot {file}: expected a name that ends in .png")
-    if not file.absolute().parent.is_dir():
-        raise RequestError(f"--plot {file}: no folder {file.absolute().parent}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError(f"--plot needs matplotlib: {sys.executable} -m pip install matplotlib")
 
 
 def _draw(parsed: argparse.Namespace, result: Result) -> None:

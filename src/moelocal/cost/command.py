@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import time
@@ -13,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from moelocal import hub, machine
+from moelocal import flags, hub, machine
 from moelocal.bench import results
 from moelocal.bench.header import machine_name
 from moelocal.config import ModelConfig
@@ -30,7 +29,6 @@ from moelocal.engine.load import load
 from moelocal.errors import RequestError
 from moelocal.text.tokenizer import Tokenizer
 
-_PICTURES: Final = (".png", ".svg", ".pdf")
 _MOST_SAMPLED: Final = 1_000
 
 
@@ -334,10 +332,7 @@ def check(parsed: argparse.Namespace) -> None:
             parsed.rejects, b'{"rejected": ', "list of such lines; name another file with --rejects"
         )
     if parsed.plot is not None:
-        if parsed.plot.suffix not in _PICTURES:
-            raise RequestError(f"--plot {parsed.plot}: expected a name that ends in {', '.join(_PICTURES)}")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise RequestError(f"--plot needs matplotlib: {sys.executable} -m pip install matplotlib")
+        flags.require_plot(parsed.plot)
 
 
 def _file(text: str) -> Path:

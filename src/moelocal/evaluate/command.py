@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +18,6 @@ from moelocal.evaluate.quality import EDGES, LENGTH, TOKENS, Progress, Quality, 
 from moelocal.evaluate.statistics import Estimate
 from moelocal.units import size
 
-_PICTURES: Final = (".png", ".svg", ".pdf")
 _BAR: Final = 40
 
 
@@ -63,7 +61,7 @@ def run(parsed: argparse.Namespace) -> None:
     """Say how far a quantized model is from its original: divergence, agreement, perplexity, router overlap. Reads one
     layer at a time, so that 72 GB of weights fit into a 16 GB machine."""
     if parsed.plot is not None:
-        _require_plot(parsed.plot)
+        flags.require_plot(parsed.plot)
     reference = parsed.reference
     if reference is None:
         if parsed.kv_bits is None:
@@ -169,18 +167,6 @@ def _number(value: float) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.3f} %"
-
-
-def _require_plot(file: Path) -> None:
-    """Before hours of computing: can it be drawn at the end? Raises `RequestError`."""
-    if file.suffix not in _PICTURES:
-        raise RequestError(f"--plot {file}: expected a name that ends in {', '.join(_PICTURES)}")
-    if file.is_dir():
-        raise RequestError(f"--plot {file}: is a folder; expected the name of a file")
-    if not file.absolute().parent.is_dir():
-        raise RequestError(f"--plot {file}: no folder {file.absolute().parent}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError(f"--plot needs matplotlib: {sys.executable} -m pip install matplotlib")
 
 
 @contextmanager
